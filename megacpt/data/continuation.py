@@ -32,9 +32,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return changes
 
 
-def continuation(
-    old: Mapping[str, Any], new: Mapping[str, Any], sample: int, consumed: Mapping[str, int]
-) -> Start:
+def continuation(old: Mapping[str, Any], new: Mapping[str, Any], sample: int, consumed: Mapping[str, int]) -> Start:
     """Where the `new` mixture takes over from the `old` one so that no sample is lost or repeated.
 
     Args:

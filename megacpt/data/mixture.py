@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train, counted from sample 0 of the run, in one of three units, rounded up to whole global batches."""
+    """How long to train, from sample 0 of the run on, in one of three units; rounded up to whole global batches."""
 
     train_iters: int | None = None
     train_samples: int | None = None
@@ -66,8 +66,8 @@ class Budget:
         if given is None:
             return None
         unit, amount = given
-        per_step = {"train_iters": 1, "train_samples": global_batch_size, "train_tokens": global_batch_size * seq_length}
-        return -(-amount // per_step[unit])
+        batch = global_batch_size
+        return -(-amount // {"train_iters": 1, "train_samples": batch, "train_tokens": batch * seq_length}[unit])
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,9 @@ class Mixture:
         if self.steps < self.steps_available:
             reached = ", ".join(f"{name} {_passes(passes)}" for name, passes in self.epochs(self.stop).items())
             notes.append(f"stops early after step {self.steps:,}, at epochs: {reached}")
-        fill = self.steps_available * batch - end
-        name = self.sources[self.largest].name
-        if fill and self.ends:
+        fill = self.steps * batch - end
+        if fill > 0:
+            name = self.sources[self.largest].name
             notes.append(f"last batch: filled with {fill:,} samples of the next pass over {name}")
         else:
             notes.append("last batch: full")

@@ -12,6 +12,7 @@ library's random stream, and it is the same on every machine for ever.
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class PassOrder:
         bounds = self.bounds[first : last + 1].tolist()
         return [
             (document, max(start, begin) - begin, min(stop, end) - begin)
-            for document, begin, end in zip(self.documents[first:last].tolist(), bounds, bounds[1:], strict=True)
+            for document, (begin, end) in zip(self.documents[first:last].tolist(), pairwise(bounds), strict=True)
         ]
 
 
