@@ -154,7 +154,7 @@ class EvalSet:
                 "too few for one sample; check eval.sets"
             )
         self.stream = stream
-        self.samples = min(stream.samples_per_pass, stream.samples_per_pass if limit is None else limit)
+        self.samples = stream.samples_per_pass if limit is None else min(limit, stream.samples_per_pass)
 
     def __len__(self) -> int:
         return self.samples

@@ -1,4 +1,8 @@
-"""A changed mixture on resume: what changed, in words, and where the new mixture takes over."""
+"""A changed mixture on resume: what changed, in words, and where the new mixture takes over.
+
+A run that resumes solves its configuration from `start_of` the checkpoint's fingerprint. If `differences` finds the
+same mixture, that is the one to train on. If not, and the change is meant, it solves again from `continuation`.
+"""
 
 from collections.abc import Mapping
 from typing import Any

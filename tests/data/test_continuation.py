@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.data.continuation import continuation, differences, start_of
-from megacpt.data.mixture import Budget, Source, Start
+from megacpt.data.mixture import Budget, Mixture, Source, Start
 from megacpt.data.solve import solve
 from megacpt.errors import UserError
 
@@ -47,27 +47,40 @@ def test_differences_are_named(new: dict[str, Any], expected: list[str]):
     assert differences(fingerprint(MEDICAL, GENERAL), new) == expected
 
 
-@given(st.integers(0, 24), st.integers(0, 12), st.sampled_from([0.0, 0.05, 0.3, 0.6]), st.integers(2, 5))
-def test_changing_the_mixture_twice_loses_and_repeats_nothing(first: int, second: int, weight: float, epochs: int):
+def changed(mixture: Mixture, sources: list[Source], sample: int) -> Mixture:
+    """What a run does that resumes at `sample` with other sources."""
+    old = mixture.fingerprint()
+    new = solve(sources, 10, 8, 1, start=start_of(old)).fingerprint()
+    return solve(sources, 10, 8, 1, start=continuation(old, new, sample, mixture.consumed(sample)))
+
+
+def taken(mixture: Mixture, start: int, stop: int) -> list[tuple[str, int]]:
+    """The samples of a stretch of the run as (source, sample of the source)."""
+    located = (mixture.locate(k) for k in range(start, stop))
+    return [(mixture.sources[source].name, j) for source, j in located]
+
+
+@given(st.integers(1, 24), st.integers(1, 12), st.sampled_from([0.0, 0.05, 0.3, 0.6]), st.integers(2, 5))
+def test_changing_the_mixture_twice_loses_and_repeats_nothing(one: int, two: int, weight: float, epochs: int):
     """Each source's samples come in order without a gap, and the epochs asked for last are exact."""
-    plans = [
-        [MEDICAL, GENERAL],
-        [replace(MEDICAL, epochs=epochs), CODE],
-        [replace(GENERAL, weight=weight), replace(MEDICAL, epochs=5)],
-    ]
-    begins, seen = [0, 8 * first, 8 * (first + second)], []
-    mixture = solve(plans[0], 10, 8, 1)
-    for plan, begin, end in zip(plans, begins, [*begins[1:], None], strict=True):
-        if begin:
-            old = mixture.fingerprint()
-            candidate = solve(plan, 10, 8, 1, start=start_of(old)).fingerprint()
-            mixture = solve(plan, 10, 8, 1, start=continuation(old, candidate, begin, mixture.consumed(begin)))
-        located = [mixture.locate(k) for k in range(begin, mixture.stop if end is None else end)]
-        seen += [(mixture.sources[source].name, j) for source, j in located]
+    first = solve([MEDICAL, GENERAL], 10, 8, 1)
+    second = changed(first, [replace(MEDICAL, epochs=epochs), CODE], 8 * one)
+    third = changed(second, [replace(GENERAL, weight=weight), replace(MEDICAL, epochs=5)], 8 * (one + two))
+    begin, middle, end = third.start.sample, second.start.sample, third.start.sample + third.samples
+    seen = taken(first, 0, middle) + taken(second, middle, begin) + taken(third, begin, end)
     for name in ("medical", "general", "code"):
         indices = [j for source, j in seen if source == name]
         assert indices == list(range(len(indices)))
-    assert sum(name == "medical" for name, _ in seen) == (500 if first + second else 200)
+    assert sum(name == "medical" for name, _ in seen) == 500
+
+
+def test_a_finished_run_goes_on_after_its_fill():
+    first = solve([MEDICAL, GENERAL], 10, 8, 1)
+    end = first.steps * 8
+    assert end > first.samples
+    second = changed(first, [replace(MEDICAL, epochs=3), GENERAL], end)
+    seen = taken(first, 0, end) + taken(second, end, end + second.samples)
+    assert [j for name, j in seen if name == "medical"] == list(range(300))
 
 
 @pytest.mark.parametrize(
