@@ -19,15 +19,24 @@ def parse(arguments: Sequence[str] | None = None) -> Job:
         nargs="+",
         required=True,
         metavar="FILE|DIR|GLOB",
-        help=".jsonl, .json (one object a line), .jsonl.gz, .jsonl.zst or .parquet; folders and globs are sorted by path",
+        help=".jsonl, .json (one object a line), .jsonl.gz, .jsonl.zst or .parquet; folders and globs are sorted",
     )
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to encode, one dataset each")
     add("--output-prefix", required=True, metavar="OUT", help="writes OUT_<key>_document.{bin,idx,json}")
     add("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="kind of tokenizer")
-    add("--tokenizer-model", required=True, metavar="PATH", help="tokenizer.json (or its folder), or SentencePiece .model")
+    add(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="tokenizer.json (or its folder), or SentencePiece .model",
+    )
     add("--append-eod", action="store_true", help="end every document that has tokens with the end-of-document token")
     add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it")
-    add("--skip-invalid", action="store_true", help="pass over bad rows and count them, instead of stopping at the first")
+    add(
+        "--skip-invalid",
+        action="store_true",
+        help="pass over bad rows and count them, instead of stopping at the first",
+    )
     add("--overwrite", action="store_true", help="replace existing outputs")
     add("--log-interval", type=int, metavar="N", help="documents between progress lines (default: every few seconds)")
     options = parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.data.compression import Damaged, HashingFile, chunks_of
+from megacpt.data.manifest import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 
@@ -109,10 +110,10 @@ class Source:
             raise self._unreadable(error) from error
         self._sha256: str | None = None
 
-    def record(self) -> dict[str, str | int]:
+    def record(self) -> InputFile:
         """Name, bytes and sha256 of the file, for a manifest."""
         assert self._sha256 is not None, "blocks() must be exhausted first"
-        return {"name": self.path.name, "bytes": self.size, "sha256": self._sha256}
+        return InputFile(self.path.name, self.size, self._sha256)
 
     def blocks(self, keys: Sequence[str]) -> Iterator[Block]:
         """The file's rows in order, about half a megabyte of text at a time."""
@@ -264,9 +265,7 @@ def _check_unicode(key: str, value: str) -> None:
         raise BadRow("invalid_utf8", reason) from error
 
 
-def read_documents(
-    paths: Sequence[Path], key: str, skipped: Counter[str] | None = None
-) -> Iterator[tuple[str, str]]:
+def read_documents(paths: Sequence[Path], key: str, skipped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
     """Every row's (where, text) in order; `skipped` as in `parse_block`."""
     for path in paths:
         for block in Source(path).blocks([key]):

@@ -79,7 +79,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the dataset's manifest cannot be read ({error}); preprocess the corpus again") from error
+        raise UserError(
+            f"{path}: the dataset's manifest cannot be read ({error}); preprocess the corpus again"
+        ) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path}: not a dataset manifest of this version ({FORMAT!r}); preprocess the corpus again")
     return _manifest(_Fields(path, found))
@@ -99,14 +101,20 @@ class _Fields:
 
     def get[T](self, name: str, kind: type[T]) -> T:
         value = self.values.get(name)
+        if not isinstance(value, kind):
+            raise self.wrong(self.where + name)
+        return value
+
+    def count(self, name: str) -> int:
+        value = self.get(name, int)
         # bool is a subclass of int, and a count of True is as wrong as one of "3".
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        if isinstance(value, bool) or value < 0:
             raise self.wrong(self.where + name)
         return value
 
     def counts(self, name: str) -> dict[str, int]:
         inner = _Fields(self.path, self.get(name, dict), f"{self.where}{name}.")
-        return {key: inner.get(key, int) for key in inner.values}
+        return {key: inner.count(key) for key in inner.values}
 
 
 def _manifest(fields: _Fields) -> Manifest:
@@ -115,18 +123,18 @@ def _manifest(fields: _Fields) -> Manifest:
     has_eod = tokenizer.values.get("eod_id") is not None
     return Manifest(
         megacpt_version=fields.get("megacpt_version", str),
-        inputs=[InputFile(f.get("name", str), f.get("bytes", int), f.get("sha256", str)) for f in files],
+        inputs=[InputFile(f.get("name", str), f.count("bytes"), f.get("sha256", str)) for f in files],
         json_key=fields.get("json_key", str),
         tokenizer=TokenizerInfo(
             type=tokenizer.get("type", str),
             sha256=tokenizer.get("sha256", str),
-            vocab_size=tokenizer.get("vocab_size", int),
-            eod_id=tokenizer.get("eod_id", int) if has_eod else None,
+            vocab_size=tokenizer.count("vocab_size"),
+            eod_id=tokenizer.count("eod_id") if has_eod else None,
         ),
         append_eod=fields.get("append_eod", bool),
-        documents=fields.get("documents", int),
-        tokens=fields.get("tokens", int),
-        empty_documents=fields.get("empty_documents", int),
+        documents=fields.count("documents"),
+        tokens=fields.count("tokens"),
+        empty_documents=fields.count("empty_documents"),
         dtype=fields.get("dtype", str),
         skipped=fields.counts("skipped"),
     )

@@ -106,7 +106,7 @@ def preprocess(job: Job) -> dict[str, Manifest]:
         ]
         blocks = (block for source in sources for block in source.blocks(encoding.keys))
         skipped = _stream(_encoded(blocks, job), outputs, Progress(sum(s.size for s in sources), job.log_interval))
-        inputs = [InputFile(**source.record()) for source in sources]
+        inputs = [source.record() for source in sources]
         return _finish(outputs, encoding, tokenizer, inputs, skipped)
 
 
@@ -159,7 +159,8 @@ def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
     for column in range(len(encoding.keys)):
         documents = tokenizer.encode_batch([texts[column] for texts in rows], add_special_tokens=True)
         if encoding.append_eod:
-            documents = [np.append(ids, tokenizer.eod_id) if len(ids) else ids for ids in documents]
+            eod = np.asarray([tokenizer.eod_id], dtype=np.int32)
+            documents = [np.concatenate([ids, eod]) if len(ids) else ids for ids in documents]
         tokens.append(np.concatenate([np.empty(0, np.int32), *documents]).astype(dtype).tobytes())
         lengths.append(np.fromiter(map(len, documents), dtype=np.int32, count=len(documents)))
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)

@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     eod_id: int | None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
-        """Ids int32 [tokens]; with `add_special_tokens`, framed (BOS, EOS) as the tokenizer's own post-processor does."""
+        """Ids int32 [tokens]; with `add_special_tokens`, framed (BOS, EOS) as the tokenizer frames a text."""
         ...
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
@@ -165,7 +165,6 @@ def _tokenizer_from(content: bytes) -> Any:
     return tokenizer
 
 
-
 def _hide(spec: dict[str, Any], specials: set[str]) -> dict[str, Any]:
     """Respell the special tokens of a parsed tokenizer.json so that no text can spell them; ids stay.
 
@@ -231,7 +230,9 @@ def _end_of_document(path: Path, settings: dict[str, Any], specials: set[str], i
     declared = _spelling(settings.get("eos_token")) or _spelling(settings.get("sep_token"))
     if declared is not None:
         if declared not in ids:
-            raise UserError(f"{path}: its end-of-sequence token {declared!r} is not in its vocabulary; correct its config")
+            raise UserError(
+                f"{path}: its end-of-sequence token {declared!r} is not in its vocabulary; correct its config"
+            )
         return ids[declared]
     usual = [token for token in END_OF_DOCUMENT if token in specials and token in ids]
     return ids[usual[0]] if len(usual) == 1 else None
