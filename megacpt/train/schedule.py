@@ -1,8 +1,8 @@
 """Learning rates as a pure function of the step: Megatron's styles and the infinite schedule.
 
-Steps count finished iterations, as Megatron's scheduler does: iteration i (from 1) trains with
-`schedule.at(i - 1, ...)`, so with a warm-up from zero the first update changes nothing. Megatron's log line of iteration i shows the rate of the
-*next* one, `schedule.at(i, ...)`.
+Steps count finished iterations, as Megatron's scheduler does: iteration i (from 1) trains with the rate at step i - 1,
+so with a warm-up from zero the first update changes nothing. Megatron's log line of iteration i shows the rate at step
+i, which is the next iteration's.
 """
 
 import math
