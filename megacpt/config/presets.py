@@ -33,6 +33,7 @@ def _llama(
     return MappingProxyType(shape | rest)
 
 
+# name: layers, hidden size, FFN size, (heads, key-value heads), vocabulary, positions
 MODEL_PRESETS: Mapping[str, ModelFields] = MappingProxyType(
     {
         "tiny": _llama(4, 192, 512, (6, 2), None, 2048),
