@@ -25,8 +25,8 @@ def seeded_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
 
 
-def permutation(key: int, size: int) -> np.ndarray:
-    """The permutation of range(size) that `key` in [0, 2^64) names: int64 [size]."""
+def splitmix64(key: int, size: int) -> np.ndarray:
+    """The first `size` outputs of the generator seeded with `key` in [0, 2^64): uint64 [size], all distinct."""
     state = np.arange(1, size + 1, dtype=np.uint64)
     state *= np.uint64(GAMMA)
     state += np.uint64(key)
@@ -34,7 +34,12 @@ def permutation(key: int, size: int) -> np.ndarray:
         state ^= state >> np.uint64(shift)
         state *= np.uint64(factor)
     state ^= state >> np.uint64(31)
-    return np.argsort(state)
+    return state
+
+
+def permutation(key: int, size: int) -> np.ndarray:
+    """The permutation of range(size) that `key` in [0, 2^64) names: int64 [size]."""
+    return np.argsort(splitmix64(key, size))
 
 
 def samples_per_pass(tokens: int, seq_length: int) -> int:

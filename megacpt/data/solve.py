@@ -55,11 +55,11 @@ def solve(
                 "train_tokens, or give a source epochs instead of a weight"
             )
         available, samples = steps, steps * global_batch_size - start.sample
-        if samples <= 0:
-            raise UserError(
-                f"train: the budget is {steps * global_batch_size:,} samples, but {start.sample:,} are consumed "
-                "already; raise it"
-            )
+    if steps * global_batch_size <= start.sample:
+        raise UserError(
+            f"train: the budget is {steps * global_batch_size:,} samples, but {start.sample:,} are consumed already; "
+            "raise it"
+        )
     return Mixture(
         sources=tuple(sources),
         seq_length=seq_length,

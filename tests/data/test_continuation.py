@@ -18,7 +18,7 @@ CODE = Source("code", documents=5, tokens=301, digest="cc", weight=0.1)
 
 def fingerprint(*sources: Source, seq_length: int = 10, seed: int = 1, start: Start | None = None) -> dict[str, Any]:
     """As it comes back from a checkpoint."""
-    mixture = solve(sources, seq_length, 8, seed, Budget(train_iters=1), start)
+    mixture = solve(sources, seq_length, 8, seed, Budget(train_iters=2), start)
     return json.loads(json.dumps(mixture.fingerprint(), sort_keys=True))
 
 

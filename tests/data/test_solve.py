@@ -157,5 +157,7 @@ def test_a_source_cannot_have_fewer_epochs_than_it_has_seen():
         solve([MEDICAL, GENERAL], 10, 8, 1, start=Start(300, {"medical": 200}))
     with pytest.raises(UserError, match="80 samples, but 300 are consumed"):
         solve([GENERAL], 10, 8, 1, Budget(train_iters=10), Start(300, {"general": 300}))
+    with pytest.raises(UserError, match="296 samples, but 300 are consumed"):
+        solve([MEDICAL, GENERAL], 10, 8, 1, Budget(train_iters=37), Start(300, {"medical": 100}))
     other = replace(MEDICAL, name="other")
     assert solve([MEDICAL, other], 10, 8, 1, start=Start(300, {"medical": 200})).counts == (0, 200)
