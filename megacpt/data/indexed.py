@@ -131,7 +131,8 @@ class IndexedDataset:
         path, size = idx_path(self.prefix), bin_path(self.prefix).stat().st_size
         pointers = self._pointers
         ends = pointers + lengths.astype(np.int64) * self.dtype.itemsize
-        bad = (lengths < 0) | (pointers < 0) | (pointers % self.dtype.itemsize != 0) | (ends > size)
+        # A pointer near the largest int64 wraps round in `ends`: it is compared by itself.
+        bad = (lengths < 0) | (pointers < 0) | (pointers > size) | (pointers % self.dtype.itemsize != 0) | (ends > size)
         if bad.any():
             first = int(bad.argmax())
             raise UserError(

@@ -1,1 +1,0 @@
-"""Triton kernels, each beside its plain-torch reference; installed as `megacpt_kernels`."""
