@@ -1,4 +1,4 @@
-"""What several test files share: the folder of real text, tools loaded as modules, and examples without a time limit."""
+"""What several test files share: the folder of real text, tools loaded as modules, no time limit on examples."""
 
 import importlib.util
 import os
