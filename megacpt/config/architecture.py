@@ -1,0 +1,92 @@
+"""A model's shape: preset and overrides resolved into numbers, and the parameter counts that follow from them."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from megacpt.config.presets import MODEL_PRESETS
+from megacpt.config.tree import Model
+from megacpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. Names are Megatron's."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    rotary_base: float
+    rope_scaling_factor: float | None
+    norm_epsilon: float
+    untie_embeddings_and_output_weights: bool
+    max_position_embeddings: int
+    vocab_size: int
+
+    def padded_vocab_size(self, divisible_by: int, tensor_parallel: int) -> int:
+        """Rows of the embedding after padding to a multiple of `divisible_by` x TP."""
+        unit = divisible_by * tensor_parallel
+        return -(-self.vocab_size // unit) * unit
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query/key/value projection."""
+        return self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
+
+    @property
+    def layer_matmul_parameters(self) -> int:
+        """Parameters of one layer's matrices."""
+        attention = self.hidden_size * (self.qkv_size + self.kv_channels * self.num_attention_heads)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Parameters without vocabulary padding; a tied embedding counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (2 if self.untie_embeddings_and_output_weights else 1)
+        return embeddings + self.num_layers * (self.layer_matmul_parameters + 2 * self.hidden_size) + self.hidden_size
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Forward and backward model FLOPs per token, causal half: 6 N + 6 L h s.
+
+        N are the matmul parameters with the output layer and without the embedding lookup; h is the width of attention.
+        """
+        matmul = self.num_layers * self.layer_matmul_parameters + self.vocab_size * self.hidden_size
+        return 6.0 * matmul + 6.0 * self.num_layers * self.kv_channels * self.num_attention_heads * seq_length
+
+
+def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Architecture:
+    """The preset's numbers, overridden by the keys given; vocabulary from the tokenizer where neither says.
+
+    Raises:
+        UserError: unknown preset, a field that nothing gives, or a shape that does not fit together.
+    """
+    if model.preset is not None and model.preset not in MODEL_PRESETS:
+        near = difflib.get_close_matches(model.preset, MODEL_PRESETS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"model.preset: no preset '{model.preset}'; the nearest is '{near}' (of {', '.join(MODEL_PRESETS)})"
+        )
+    values: dict[str, Any] = dict(MODEL_PRESETS[model.preset]) if model.preset else {}
+    values |= {f.name: v for f in fields(Architecture) if (v := getattr(model, f.name)) is not None}
+    if values.get("vocab_size") is None:
+        values["vocab_size"] = tokenizer_vocab_size
+    values.setdefault("rope_scaling_factor", None)
+    if values.get("kv_channels") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
+        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+    values.setdefault("num_query_groups", values.get("num_attention_heads"))
+    missing = [f.name for f in fields(Architecture) if values.get(f.name) is None and f.name != "rope_scaling_factor"]
+    if missing:
+        raise UserError(
+            f"model.{missing[0]} is not given; set it or choose a model.preset ({', '.join(MODEL_PRESETS)})"
+        )
+    architecture = Architecture(**{f.name: values[f.name] for f in fields(Architecture)})
+    if architecture.num_attention_heads % architecture.num_query_groups:
+        raise UserError(
+            f"model.num_attention_heads {architecture.num_attention_heads} is no multiple of model.num_query_groups "
+            f"{architecture.num_query_groups}; choose a divisor"
+        )
+    if architecture.kv_channels % 2:
+        raise UserError(f"model.kv_channels {architecture.kv_channels} is odd; rotary embeddings pair channels")
+    return architecture

@@ -1,0 +1,201 @@
+"""The configuration tree: every key, its type, its default, and its meaning with unit. Names are Megatron's."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A strict, immutable group of keys: an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tokenizer(Section):
+    """The tokenizer, where the datasets' manifests do not already say which one it was."""
+
+    type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = Field(description="Megatron's tokenizer type")
+    model: str = Field(description="path of tokenizer.model, or of tokenizer.json or its folder")
+
+
+class Precision(Section):
+    """Arithmetic of the step; main parameters and optimizer moments are fp32 whatever it is."""
+
+    dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="parameters and activations; null: bf16 on a GPU, fp32 on a CPU"
+    )
+    grad_reduce_in_fp32: bool = Field(True, description="accumulate and reduce gradients in fp32")
+
+
+class Model(Section):
+    """Architecture (null takes the preset's value) and how it is laid out over ranks."""
+
+    preset: str | None = Field(None, description="a name from megacpt/config/presets.py")
+    num_layers: PositiveInt | None = Field(None, description="transformer layers")
+    hidden_size: PositiveInt | None = Field(None, description="width of the residual stream")
+    ffn_hidden_size: PositiveInt | None = Field(None, description="width of the SwiGLU hidden layer")
+    num_attention_heads: PositiveInt | None = Field(None, description="query heads")
+    num_query_groups: PositiveInt | None = Field(None, description="key/value heads (GQA)")
+    kv_channels: PositiveInt | None = Field(None, description="channels per head")
+    rotary_base: PositiveFloat | None = Field(None, description="RoPE base period")
+    rope_scaling_factor: PositiveFloat | None = Field(
+        None, description="Llama-3 RoPE scaling factor; null in preset and here: no scaling"
+    )
+    norm_epsilon: PositiveFloat | None = Field(None, description="epsilon inside RMSNorm's square root")
+    untie_embeddings_and_output_weights: bool | None = Field(
+        None, description="separate input embedding and output layer"
+    )
+    max_position_embeddings: PositiveInt | None = Field(None, description="longest seq_length allowed")
+    vocab_size: PositiveInt | None = Field(
+        None, description="real rows of the embedding; null: preset's, else the tokenizer's"
+    )
+    make_vocab_size_divisible_by: PositiveInt = Field(128, description="rows are padded to a multiple of this x TP")
+    init_method_std: PositiveFloat = Field(0.02, description="standard deviation of freshly drawn weights")
+    tensor_model_parallel_size: PositiveInt = Field(1, description="ranks that share each weight matrix")
+    pipeline_model_parallel_size: PositiveInt = Field(1, description="ranks that share the stack of layers")
+    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+        None, description="model chunks per pipeline rank (interleaved 1F1B)"
+    )
+    context_parallel_size: PositiveInt = Field(
+        1, description="ranks that share each sequence; > 1 needs Transformer Engine"
+    )
+    sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence within a TP group")
+    recompute_granularity: Literal["selective", "full"] | None = Field(
+        None, description="activations computed again in backward"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(None, description="with full: which layers")
+    recompute_num_layers: PositiveInt | None = Field(
+        None, description="with full: layers per unit (uniform) or in all (block)"
+    )
+
+
+class Source(Section):
+    """One named training source: exact passes (`epochs`) or a share of samples (`weight`)."""
+
+    path: str = Field(description="dataset prefix: PATH.bin and PATH.idx")
+    epochs: PositiveInt | None = Field(None, description="exact passes over every document")
+    weight: NonNegativeFloat | None = Field(None, description="share of samples; relative where no source has epochs")
+
+
+class Data(Section):
+    """What is read, and how documents are cut into samples."""
+
+    seq_length: PositiveInt = Field(description="tokens per sample")
+    sources: dict[str, Source] = Field(min_length=1, description="the mixture, by name")
+    reset_attention_mask: bool = Field(False, description="keep attention inside documents")
+    reset_position_ids: bool = Field(
+        False, description="restart rotary phases at each document (with reset_attention_mask)"
+    )
+    num_workers: NonNegativeInt = Field(1, description="threads that read batches ahead; 0 reads in line")
+    accept_change: bool = Field(
+        False, description="on resume, accept a changed mixture: go on from what each source has consumed"
+    )
+
+
+class Freeze(Section):
+    """Layers whose parameters stay as they are."""
+
+    top: NonNegativeInt = Field(0, description="layers nearest the output")
+    bottom: NonNegativeInt = Field(0, description="layers nearest the input")
+
+
+class Train(Section):
+    """Budget, batch and seed."""
+
+    train_iters: PositiveInt | None = Field(None, description="steps; with epochs: an early stop")
+    train_samples: PositiveInt | None = Field(None, description="budget in samples (mixtures without epochs)")
+    train_tokens: PositiveInt | None = Field(None, description="budget in target tokens (mixtures without epochs)")
+    micro_batch_size: PositiveInt = Field(1, description="samples per forward pass and data-parallel rank")
+    global_batch_size: PositiveInt = Field(description="samples per step over all ranks")
+    seed: NonNegativeInt = Field(1234, description="seed of weights and of the order of data")
+    log_interval: PositiveInt = Field(1, description="steps between log lines and training rows")
+    freeze: Freeze = Freeze()
+
+
+class Optimizer(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = Field(description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of decay")
+    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled decay; norms and biases have none")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    adam_eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm limit; 0: none")
+    use_distributed_optimizer: bool = Field(False, description="shard optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
+    overlap_param_gather: bool = Field(False, description="gather parameters during forward (distributed optimizer)")
+
+
+class Schedule(Section):
+    """Learning rate over steps; see megacpt/train/schedule.py."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD", "infinite"] = Field(
+        "cosine", description="shape after warm-up"
+    )
+    lr_warmup_fraction: float | None = Field(None, ge=0, le=1, description="warm-up as a share of lr_decay_iters")
+    lr_warmup_iters: NonNegativeInt | None = Field(None, description="warm-up in steps")
+    lr_warmup_samples: NonNegativeInt | None = Field(None, description="warm-up in samples")
+    lr_warmup_init: NonNegativeFloat = Field(0.0, description="learning rate at which warm-up (or re-warm) begins")
+    lr_decay_iters: PositiveInt | None = Field(None, description="steps over which it decays; null: the whole plan")
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        "exponential", description="shape of the last, decaying part of WSD and infinite"
+    )
+    lr_wsd_decay_iters: PositiveInt | None = Field(None, description="steps of that part")
+    lr_cooldown_iters: NonNegativeInt | None = Field(None, description="infinite: steps from the peak to lr_constant")
+    lr_constant: PositiveFloat | None = Field(None, description="infinite: learning rate of the constant part")
+
+
+class Eval(Section):
+    """Validation on named held-out sets, at chosen steps and then regularly."""
+
+    sets: dict[str, str] = Field({}, description="name: dataset prefix")
+    at: list[NonNegativeInt] = Field([0], description="steps after which to validate; 0 is before the first")
+    every: PositiveInt | None = Field(None, description="and every so many steps, and at the end")
+    iters: PositiveInt | None = Field(None, description="global batches per set; null: the whole set")
+
+
+class Init(Section):
+    """Weights to start from, at iteration 0 with a fresh optimizer."""
+
+    checkpoint: str | None = Field(None, description="a checkpoints folder, or one iter_* folder in it")
+    hf: str | None = Field(None, description="a Hugging Face model folder")
+
+
+class Save(Section):
+    """Where a run lives and how often it is saved."""
+
+    dir: str = Field(description="run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/")
+    interval: PositiveInt | None = Field(None, description="steps between checkpoints; the last step is always saved")
+    keep_last: PositiveInt | None = Field(None, description="checkpoints kept; null: all")
+
+
+class Logging(Section):
+    """Where numbers go besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write SAVE.DIR/tensorboard with Megatron's tags")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; needs the wandb package")
+
+
+class Runtime(Section):
+    """Process-level settings."""
+
+    threads: PositiveInt | None = Field(None, description="CPU threads per rank; null: cores / local ranks")
+    distributed_timeout_minutes: PositiveFloat = Field(10.0, description="a collective that waits longer fails")
+
+
+class Config(Section):
+    """A whole run."""
+
+    tokenizer: Tokenizer | None = None
+    precision: Precision = Precision()
+    model: Model
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    eval: Eval = Eval()
+    init: Init = Init()
+    save: Save
+    logging: Logging = Logging()
+    runtime: Runtime = Runtime()

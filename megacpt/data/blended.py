@@ -1,0 +1,171 @@
+"""Samples of tokens: of one corpus, of a mixture of corpora, and of a held-out corpus for validation."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+
+from megacpt.data.indexed import IndexedDataset, out_of_vocabulary
+from megacpt.data.mixture import Mixture, Source
+from megacpt.data.order import PassOrder, samples_per_pass, shuffled_pass
+from megacpt.errors import UserError
+
+PADDING = 0
+"""The token after the end of a pass: never a target, and any token that every vocabulary has will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """seq_length S inputs and their targets, one token on.
+
+    Attributes:
+        tokens: int64 [S + 1]; inputs are the first S, targets the last S.
+        valid: bool [S], whether the target counts; False on padding.
+        segments: int32 [S + 1], which of the sample's documents a token belongs to, from 0; padding is a segment too.
+        source: the number of the source in the mixture.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    segments: np.ndarray
+    source: int
+
+
+class SampleReader(Protocol):
+    """Whatever has a k-th sample."""
+
+    def sample(self, k: int) -> Sample:
+        """Sample k, always the same for the same k; safe to call from several threads."""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """A source as the configuration declares it: `path` is the prefix of its `.bin` and `.idx`."""
+
+    name: str
+    path: str
+    epochs: int | None = None
+    weight: float | None = None
+
+
+def open_sources(specs: Sequence[SourceSpec]) -> tuple[list[Source], dict[str, IndexedDataset]]:
+    """Open every corpus: what `solve` needs to know of each, and the datasets by name.
+
+    Raises:
+        UserError: a file is missing, truncated or foreign.
+    """
+    sources, datasets = [], {}
+    for spec in specs:
+        dataset = datasets[spec.name] = IndexedDataset(spec.path)
+        digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths, dtype="<i8").data).hexdigest()
+        sources.append(Source(spec.name, len(dataset), dataset.tokens, digest, spec.epochs, spec.weight))
+    return sources, datasets
+
+
+class SourceStream:
+    """One corpus as an endless sequence of samples, pass after pass.
+
+    Sample j is sample j % n of pass j // n, where n is the number of samples of a pass. Two passes' orders are kept
+    (16 bytes a document each), so that reading around the end of a pass does not shuffle again and again.
+
+    Args:
+        vocab_size: of the model; a token outside is refused when a sample holds it.
+    """
+
+    def __init__(self, dataset: IndexedDataset, name: str, seq_length: int, seed: int, vocab_size: int) -> None:
+        self.dataset = dataset
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.samples_per_pass = samples_per_pass(dataset.tokens, seq_length)
+        self._shuffled = lru_cache(maxsize=2)(lambda number: shuffled_pass(dataset.lengths, seed, name, number))
+        self._lock = Lock()
+
+    def order(self, number: int) -> PassOrder:
+        """The order of pass `number`; threads that need it at once shuffle it once."""
+        with self._lock:
+            return self._shuffled(number)
+
+    def sample(self, j: int, source: int = 0) -> Sample:
+        """Sample j of the corpus, labelled `source`.
+
+        Raises:
+            UserError: a token is outside the vocabulary; names the file and the document.
+        """
+        number, row = divmod(j, self.samples_per_pass)
+        first, size = row * self.seq_length, self.seq_length + 1
+        pieces = self.order(number).pieces(first, first + size)
+        tokens = np.full(size, PADDING, dtype=np.int64)
+        segments = np.full(size, len(pieces), dtype=np.int32)
+        end = 0
+        for segment, (document, start, stop) in enumerate(pieces):
+            begin, end = end, end + stop - start
+            tokens[begin:end] = self.dataset.read(document, start, stop)
+            segments[begin:end] = segment
+        valid = np.ones(self.seq_length, dtype=bool)
+        valid[end - 1 :] = False
+        # Seen as unsigned, a negative token is a huge one: one comparison finds both.
+        if int(tokens.view(np.uint64).max()) >= self.vocab_size:
+            at = int((tokens.view(np.uint64) >= self.vocab_size).argmax())
+            raise out_of_vocabulary(self.dataset.prefix, pieces[segments[at]][0], int(tokens[at]), self.vocab_size)
+        return Sample(tokens, valid, segments, source)
+
+
+class BlendedDataset:
+    """The samples of a training run: sample k is a pure function of the mixture's sources, its seed and k.
+
+    Args:
+        datasets: a dataset for each of the mixture's sources, by name.
+    """
+
+    def __init__(self, mixture: Mixture, datasets: Mapping[str, IndexedDataset], vocab_size: int) -> None:
+        self.mixture = mixture
+        self.streams = [
+            SourceStream(datasets[source.name], source.name, mixture.seq_length, mixture.seed, vocab_size)
+            for source in mixture.sources
+        ]
+
+    def sample(self, k: int) -> Sample:
+        """Global sample k; beyond the end of the mixture the largest source goes on.
+
+        Raises:
+            UserError: a token is outside the vocabulary; names the file and the document.
+        """
+        source, j = self.mixture.locate(k)
+        return self.streams[source].sample(j, source)
+
+
+class EvalSet:
+    """The first `limit` samples of one seeded pass over a held-out corpus, or all of it: the same through a whole run.
+
+    Samples beyond the set are padding without a single target, so that batches of any size can read to its end.
+
+    Raises:
+        UserError: the corpus has no target.
+    """
+
+    def __init__(self, stream: SourceStream, limit: int | None = None) -> None:
+        if not stream.samples_per_pass:
+            raise UserError(
+                f"{stream.dataset.prefix}: {len(stream.dataset):,} documents with {stream.dataset.tokens:,} tokens are "
+                "too few for one sample; check eval.sets"
+            )
+        self.stream = stream
+        self.samples = stream.samples_per_pass if limit is None else min(limit, stream.samples_per_pass)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def sample(self, k: int) -> Sample:
+        """Sample k of the set, or padding beyond it.
+
+        Raises:
+            UserError: a token is outside the vocabulary; names the file and the document.
+        """
+        if k < self.samples:
+            return self.stream.sample(k)
+        size = self.stream.seq_length
+        return Sample(np.full(size + 1, PADDING, np.int64), np.zeros(size, bool), np.zeros(size + 1, np.int32), 0)

@@ -1,0 +1,115 @@
+"""From an architecture and a layout to this rank's model chunks."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megacpt.config.architecture import Architecture
+from megacpt.config.tree import Freeze, Model
+from megacpt.model.gpt import LlamaModel
+from megacpt.model.spec import block_spec
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a model needs to know besides its shape and layout."""
+
+    dtype: torch.dtype
+    restart_positions: bool
+    overlap_grad_reduce: bool = False
+
+
+def transformer_config(architecture: Architecture, model: Model, options: BuildOptions) -> TransformerConfig:
+    """megacpt's keys as megatron-core's TransformerConfig."""
+    on_gpu = torch.cuda.is_available()
+    interleaved = model.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=options.dtype,
+        bf16=options.dtype is torch.bfloat16,
+        pipeline_dtype=options.dtype,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        recompute_granularity=model.recompute_granularity,
+        recompute_method=model.recompute_method,
+        recompute_num_layers=model.recompute_num_layers,
+        # The interleaved schedule swaps activations at PP=2 with batched p2p on gloo; this pair is exact everywhere.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,
+        # megacpt.model.init draws the weights, whole and layout-independent.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_chunks(architecture: Architecture, model: Model, config: TransformerConfig, options: BuildOptions) -> list[LlamaModel]:
+    """This rank's model: one chunk, or one per virtual pipeline stage. Parameters are not initialised."""
+    virtual = model.virtual_pipeline_model_parallel_size
+    padded = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, model.tensor_model_parallel_size)
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunk = LlamaModel(
+            architecture,
+            config,
+            options.restart_positions,
+            transformer_layer_spec=block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
+            vocab_size=padded,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(torch.cuda.current_device(), options.dtype))
+    return chunks
+
+
+def freeze_layers(chunks: list[LlamaModel], freeze: Freeze) -> int:
+    """Stop gradients into the parameters of the outermost layers; returns how many layers of this rank it froze."""
+    frozen = 0
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            position = layer.layer_number - 1
+            if position < freeze.bottom or position >= chunk.config.num_layers - freeze.top:
+                layer.requires_grad_(False)
+                frozen += 1
+    return frozen
+
+
+def slot_classes(chunk: LlamaModel) -> dict[str, str]:
+    """The class in every slot of the layer spec, for the start-up report and tests."""
+    layer = chunk.decoder.layers[0]
+    slots = {
+        "input_layernorm": layer.input_layernorm,
+        "linear_qkv": layer.self_attention.linear_qkv,
+        "core_attention": layer.self_attention.core_attention,
+        "linear_proj": layer.self_attention.linear_proj,
+        "pre_mlp_layernorm": layer.pre_mlp_layernorm,
+        "linear_fc1": layer.mlp.linear_fc1,
+        "linear_fc2": layer.mlp.linear_fc2,
+    }
+    return {slot: f"{type(module).__module__}.{type(module).__qualname__}" for slot, module in slots.items()}

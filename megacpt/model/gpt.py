@@ -1,0 +1,59 @@
+"""The model class: megatron-core's GPTModel, with vocabulary padding masked and rotary phases that can restart.
+
+This is the only file that names GPTModel (megatron-core announces HybridModel as its successor).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megacpt.config.architecture import Architecture
+
+
+class LlamaModel(GPTModel):
+    """A GPTModel whose padding rows can be neither predicted nor sampled.
+
+    `restart_positions` makes rotary phases follow `position_ids`; GPTModel alone ignores them under RoPE.
+    """
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig, restart_positions: bool, **kwargs: Any) -> None:
+        scaling = architecture.rope_scaling_factor
+        super().__init__(
+            config=config,
+            max_sequence_length=architecture.max_position_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+            rope_scaling=scaling is not None,
+            rope_scaling_factor=scaling or 1.0,
+            share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
+            **kwargs,
+        )
+        self.restart_positions = restart_positions
+        rows = self.vocab_size // self.pg_collection.tp.size()
+        first = rows * self.pg_collection.tp.rank()
+        self.real_rows = min(max(architecture.vocab_size - first, 0), rows)
+        """Rows of this rank's vocabulary shard that are tokens; the rest is padding."""
+
+    def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if not self.restart_positions:
+            return output
+        hidden, phases_S11D, *rest = output
+        # [s, b, 1, d]: each sample its own phases, broadcast over heads.
+        return (hidden, phases_S11D[position_ids.t(), 0], *rest)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy per token, [b, s] fp32, from vocabulary-parallel logits [s, b, v/TP], padding excluded."""
+        return super().compute_language_model_loss(labels, self._mask_padding(logits))
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """Losses [b, s] with labels; without, logits [b, s, v/TP] with padding at minus infinity."""
+        output = super().forward(*args, labels=labels, **kwargs)
+        return self._mask_padding(output) if self.post_process and labels is None else output
+
+    def _mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.real_rows < logits.shape[-1]:
+            logits[..., self.real_rows :] = float("-inf")
+        return logits

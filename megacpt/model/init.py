@@ -1,0 +1,51 @@
+"""Fresh weights that do not depend on the layout: every tensor is drawn whole from a seed of its own, then cut.
+
+A pipeline stage of megatron-core draws weights in its own order, so that PP=1 and PP=2 start differently from one seed.
+Here the seed of a tensor is (run seed, checkpoint key, layer), and a rank keeps the part that its shard covers.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megacpt.config.architecture import Architecture
+
+RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def draw_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, seed: int, std: float) -> None:
+    """Fill every parameter in place: normal(0, std), residual outputs normal(0, std / sqrt(2 L)), norms 1, padding 0.
+
+    The scaling by depth is GPT-2's, as in Megatron.
+    """
+    for chunk in chunks:
+        sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
+        apply_factories(sharded)
+        for shard in nested_values(sharded):
+            if isinstance(shard, ShardedTensor) and shard.data is not None:
+                _draw_shard(shard, architecture, seed, std)
+
+
+@torch.no_grad()
+def _draw_shard(shard: ShardedTensor, architecture: Architecture, seed: int, std: float) -> None:
+    if "norm" in shard.key:
+        shard.data.fill_(1.0)
+        return
+    axes = shard.prepend_axis_num
+    whole, offset = shard.global_shape[axes:], shard.global_offset[axes:]
+    is_vocabulary = "word_embeddings" in shard.key or "output_layer" in shard.key
+    if is_vocabulary:
+        whole = (architecture.vocab_size, *whole[1:])
+    if shard.key.endswith(RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * architecture.num_layers)
+    identity = f"{seed}/{shard.key}/{shard.global_offset[:axes]}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little") >> 1)
+    values = torch.empty(whole, device="cpu").normal_(0.0, std, generator=generator)
+    part = values[tuple(slice(o, o + n) for o, n in zip(offset, shard.data.shape, strict=True))]
+    shard.data.zero_()
+    shard.data[tuple(slice(0, n) for n in part.shape)] = part.to(shard.data)

@@ -1,0 +1,84 @@
+"""Our modules in megatron-core's slots on the local spec: RMSNorm and scaled-dot-product attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm for the norm slots.
+
+    megatron-core's own local norm refuses sequence parallelism. What sequence parallelism needs of a norm is a mark on
+    its weight: each rank sees part of the sequence, so the weight's gradient is summed over the TP group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [s, b, h] over h; fp32 inside, the input's dtype outside."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SDPAttention(MegatronModule):
+    """Causal attention through `torch.nn.functional.scaled_dot_product_attention`, for the core_attention slot.
+
+    On a CPU this is torch's blocked attention, on a GPU flash attention; megatron-core's own local attention
+    materialises the scores in full on both.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type is AttnMaskType.causal, f"only causal attention, not {attn_mask_type}"
+        assert config.kv_channels is not None
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query_SBHD: torch.Tensor,
+        key_SBGD: torch.Tensor,
+        value_SBGD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend within the causal past, or within `attention_mask` (Megatron's sense: True is hidden; [b, 1, s, s]).
+
+        H query heads share G key/value heads. Returns [s, b, H * D].
+        """
+        assert attention_bias is None
+        assert packed_seq_params is None, "packed sequences need Transformer Engine"
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHD, key_SBGD, value_SBGD))
+        context_BHSD = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context_BHSD.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,52 @@
+"""The layer spec: which class fills each slot of megatron-core's transformer layer. Written by hand, so it can be read."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megacpt.model.layers import RMSNorm, SDPAttention
+
+# With Transformer Engine the two norms live inside the linear layers that follow them. Checkpoints use those names, so
+# that one written here loads there and the other way round.
+CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def local_layer_spec() -> ModuleSpec:
+    """A Llama layer of megatron-core's parallel linears with our norm and attention; needs only torch."""
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=SDPAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
+        ),
+    )
+
+
+def block_spec(layers_on_this_stage: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (or chunk of one) and the final norm, which the last stage builds."""
+    return TransformerBlockSubmodules(layer_specs=[local_layer_spec()] * layers_on_this_stage, layer_norm=RMSNorm)

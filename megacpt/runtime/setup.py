@@ -1,0 +1,146 @@
+"""One function sets up a rank: device, process groups, seeds, threads and logging."""
+
+import logging
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megacpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks are divided; data parallelism takes what is left of the world."""
+
+    world_size: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    context: int = 1
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    def check(self) -> None:
+        """Refuse a layout that does not fill the world exactly.
+
+        Raises:
+            UserError: the world is no multiple of TP x PP x CP.
+        """
+        unit = self.tensor * self.pipeline * self.context
+        if self.world_size % unit:
+            raise UserError(
+                f"{self.world_size} processes cannot be divided into TP {self.tensor} x PP {self.pipeline} x CP "
+                f"{self.context}: start a multiple of {unit} (torchrun --nproc-per-node)"
+            )
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process: its place in the world and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    threads: int
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes logs."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def quiet_third_parties() -> None:
+    """Drop warnings that say nothing to a user: optional packages absent, GPTModel's successor, deprecations."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def setup(layout: Layout, seed: int, threads: int | None = None, timeout_minutes: float = 10.0) -> Rank:
+    """Join the process group (nccl on GPUs, gloo on CPUs) and build megatron-core's groups.
+
+    Raises:
+        UserError: the layout does not fit the world, or the rendezvous port is taken.
+    """
+    layout.check()
+    quiet_third_parties()
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = threads or max(1, (os.cpu_count() or 1) // local_world)
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        # Megatron's TP overlap counts on kernels being launched in program order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    else:
+        from megacpt.runtime.cpu import redirect_cuda
+
+        redirect_cuda()
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        _join(device, timeout_minutes)
+    _model_parallel_groups(layout, timeout_minutes)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Rank(dist.get_rank(), dist.get_world_size(), local_rank, device, threads)
+
+
+def _join(device: torch.device, timeout_minutes: float) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the rendezvous at {address} failed, the port is probably in use ({str(error).splitlines()[0]}); "
+            "choose another with torchrun --master-port or --rdzv-endpoint"
+        ) from error
+
+
+def _model_parallel_groups(layout: Layout, timeout_minutes: float) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+
+
+def teardown() -> None:
+    """Leave the groups; safe to call when setup failed half-way."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

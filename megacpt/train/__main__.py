@@ -1,0 +1,76 @@
+"""`torchrun --nproc-per-node N -m megacpt.train --config FILE.yaml [section.key=value ...]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megacpt.config.load import load_config
+from megacpt.errors import UserError
+from megacpt.runtime.setup import quiet_third_parties, setup, teardown, world_size_from_environment
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megacpt.train",
+        description="Continual pre-training. Under torchrun every process is a rank; without it there is one.",
+        epilog="The same command again resumes from the newest checkpoint in save.dir.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
+    parsed = parser.parse_args(arguments)
+    if parsed.world_size is not None and (not parsed.dry_run or parsed.world_size < 1):
+        parser.error("--world-size takes a positive number and goes with --dry-run")
+    return parsed
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Plan, then train (or print the plan).
+
+    Raises:
+        UserError: whatever in the configuration, the data or the checkpoints cannot work.
+    """
+    config = load_config(parsed.config, parsed.overrides)
+    quiet_third_parties()
+    # Imported late: --help and a wrong key should answer before torch and megatron-core are loaded.
+    import torch
+
+    from megacpt.train.plan import make_plan
+
+    world_size = parsed.world_size or world_size_from_environment()
+    plan = make_plan(config, world_size, on_gpu=torch.cuda.is_available())
+    if parsed.dry_run:
+        from megacpt.train.dry_run import describe
+
+        print(describe(plan))
+        return
+    rank = setup(plan.layout, config.train.seed, config.runtime.threads, config.runtime.distributed_timeout_minutes)
+    from megacpt.train.job import build_job
+    from megacpt.train.loop import train
+    from megacpt.train.startup import announce
+
+    job = build_job(plan, rank)
+    if job.log is not None:
+        announce(job)
+    train(job)
+    if job.log is not None:
+        job.log.close()
+    teardown()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 after a user's mistake, told once, by the first rank."""
+    try:
+        run(parse(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Checkpoints in Megatron's layout: `checkpoints/iter_0000500/` (torch_dist) and `latest_checkpointed_iteration.txt`.
+
+A checkpoint is written under a hidden name and renamed when it is whole; only then does the tracker point to it. What a
+kill leaves behind is removed at the next start. `megacpt.json` inside says what the run was: iteration, consumed
+samples, mixture, vocabulary, shape, layout.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from megacpt.errors import UserError
+from megacpt.files import disk_errors, sync_directory, write_json, write_text
+from megacpt.model.gpt import LlamaModel
+from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_state
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "megacpt.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run must know besides tensors to go on as if it had never stopped.
+
+    Attributes:
+        interval: sums since the last log line: {"sums": [[loss by source], [tokens by source]], "steps": n}.
+        mixture: the mixture's fingerprint; its start and offsets say where it began.
+        samples_by_source, tokens_by_source: samples and target tokens seen, by name.
+        identity: what a resumed run must share: architecture, vocabulary, tokenizer, precision, frozen layers.
+        layout: ranks and threads; another layout resumes, within rounding.
+    """
+
+    iteration: int
+    consumed_samples: int
+    samples_by_source: dict[str, int]
+    tokens_by_source: dict[str, int]
+    interval: dict[str, Any]
+    mixture: dict[str, Any]
+    identity: dict[str, Any]
+    layout: dict[str, Any]
+    versions: dict[str, str]
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """Megatron's name for a checkpoint of `iteration`."""
+    return root / f"iter_{iteration:07d}"
+
+
+def find_checkpoint(place: str | Path) -> Path | None:
+    """The newest checkpoint under a checkpoints folder or a run folder, or `place` itself; None where there is none.
+
+    Raises:
+        UserError: the tracker names a checkpoint that is not there.
+    """
+    place = Path(place)
+    if place.name.startswith("iter_") or (place / ".metadata").is_file():
+        return place if place.is_dir() else None
+    if not (place / TRACKER).is_file() and (place / "checkpoints" / TRACKER).is_file():
+        place = place / "checkpoints"
+    if not (place / TRACKER).is_file():
+        return None
+    content = (place / TRACKER).read_text(encoding="utf-8").strip()
+    if content == "release":
+        folder = place / "release"
+    elif content.isdigit():
+        folder = iteration_folder(place, int(content))
+    else:
+        raise UserError(f"{place / TRACKER}: holds '{content[:40]}', expected an iteration; correct or remove it")
+    if not folder.is_dir():
+        raise UserError(f"{place / TRACKER}: names iteration {content}, but {folder} is missing; correct or remove it")
+    return folder
+
+
+def read_state(folder: Path) -> TrainState | None:
+    """The state beside a checkpoint's tensors; None for a checkpoint that megacpt did not write.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint by editing {TRACKER}") from error
+
+
+def remove_partial(root: Path) -> None:
+    """Remove what a killed save left behind."""
+    for leftover in root.glob(".iter_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _named(chunks: Sequence[LlamaModel]) -> dict[str, LlamaModel]:
+    """Megatron's names: `model`, or `model0`, `model1`, ... for virtual pipeline stages."""
+    return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
+
+
+def _model_state(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
+    return {name: chunk.sharded_state_dict() for name, chunk in _named(chunks).items()}
+
+
+def save_checkpoint(
+    root: Path,
+    state: TrainState,
+    chunks: Sequence[LlamaModel],
+    optimizer: MegatronOptimizer,
+    config_text: str,
+    keep_last: int | None,
+) -> Path:
+    """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the previous checkpoint stays valid.
+    """
+    final = iteration_folder(root, state.iteration)
+    partial = root / f".{final.name}.partial"
+    first = dist.get_rank() == 0
+    with disk_errors(final):
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        sharded = _model_state(chunks)
+        sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, loading=False)
+        sharded |= {"iteration": state.iteration, "checkpoint_version": 3.0}
+        dist_checkpointing.save(sharded, str(partial), async_strategy="mcore")
+        dist.barrier()
+        if first:
+            write_json(partial / STATE, asdict(state))
+            write_text(partial / "run_config.yaml", config_text)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            sync_directory(root)
+            write_text(root / TRACKER, f"{state.iteration}\n")
+            for old in _surplus(root, keep_last):
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+    return final
+
+
+def _surplus(root: Path, keep_last: int | None) -> list[Path]:
+    return sorted(root.glob("iter_*"))[:-keep_last] if keep_last else []
+
+
+def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
+    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed."""
+    _restore_weights(chunks, _load(_model_state(chunks), folder))
+
+
+def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, iteration: int) -> None:
+    """Fill parameters and optimizer state from a checkpoint of any layout."""
+    sharded = _model_state(chunks)
+    sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, loading=True)
+    loaded = _load(sharded, folder)
+    _restore_weights(chunks, loaded)
+    load_optimizer_state(optimizer, loaded["optimizer"], iteration)
+
+
+def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded, str(folder))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder}: cannot be loaded ({reason[:300]}); it is damaged or of another model, choose another checkpoint"
+        ) from error
+
+
+def _restore_weights(chunks: Sequence[LlamaModel], loaded: Mapping[str, Any]) -> None:
+    for name, chunk in _named(chunks).items():
+        chunk.load_state_dict(loaded[name])

@@ -1,0 +1,18 @@
+"""The loop: next batch, step, log, evaluate, save, stop."""
+
+from megacpt.train.job import Job
+
+
+def train(job: Job) -> None:
+    """Train from where the job stands to the end of its plan."""
+    plan = job.plan
+    if plan.resume is None and plan.evaluates_after(0):
+        job.evaluate()
+    for iteration in range(plan.first_iteration + 1, plan.last_iteration + 1):
+        lr = plan.learning_rate(iteration)
+        grad_norm = job.step(job.next_batch(), lr)
+        job.log_step(lr, grad_norm)
+        if plan.evaluates_after(iteration):
+            job.evaluate()
+        if plan.saves_after(iteration):
+            job.save()

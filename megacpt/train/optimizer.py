@@ -1,0 +1,179 @@
+"""AdamW through megatron-core, and its state in model space, which any layout can load.
+
+Moments (and bf16's fp32 main parameters) are saved tensor by tensor under `optimizer.state.<name>.<parameter>`, the
+layout of megatron-core's "fully reshardable" format, whether or not the optimizer is distributed. `step` is no tensor
+here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per parameter;
+megatron-core restores one tensor shared by all, which then advances once per parameter.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from megacpt.config.tree import Optimizer, Precision
+from megacpt.model.gpt import LlamaModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "fp32_param"
+
+
+def wrap_chunks(
+    chunks: Sequence[LlamaModel], optimizer: Optimizer, precision: Precision
+) -> list[DistributedDataParallel]:
+    """Give each chunk megatron-core's gradient buffers and reduction over data-parallel ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if optimizer.overlap_grad_reduce:
+        config.no_sync_func = [w.no_sync for w in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        if len(wrapped) > 1:
+            config.grad_sync_func = [w.start_grad_sync for w in wrapped]
+    if optimizer.overlap_param_gather and len(wrapped) > 1:
+        config.param_sync_func = [w.start_param_sync for w in wrapped]
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """AdamW with decoupled weight decay (none on norms), fp32 main parameters and clipping by global norm."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        overlap_param_gather=optimizer.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of what the inner optimizer updates and the model parameter it stands for."""
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for mains, models in zip(part.fp32_from_float16_groups, part.float16_groups, strict=True):
+            yield from zip(mains, models, strict=True)
+        for group in part.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
+        for group in part.param_groups:
+            yield from zip(group["params"], group["params"], strict=True)
+
+
+def _allocate(part: MegatronOptimizer) -> None:
+    if part.init_state_fn is not None:
+        part.init_state_fn(part.optimizer, part.config)
+
+
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
+) -> list[dict[int, dict[str, Any]]]:
+    """Per part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, fp32_param (bf16 only): sharded tensor}.
+
+    Args:
+        model_state: the model's sharded state dict, whose entries hold the live parameters.
+        loading: allocate state to be overwritten, instead of gathering what there is.
+    """
+    by_parameter = {id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)}
+    state = []
+    for part in _parts(optimizer):
+        if loading or not part.optimizer.state:
+            _allocate(part)
+        if isinstance(part, DistributedOptimizer):
+            whole = part.sharded_param_state_fully_reshardable(model_state, loading, {})
+            state.append({number: _named(tensors, part.config.bf16) for number, tensors in whole.items()})
+            continue
+        entries = {}
+        for number, (main, model) in enumerate(_main_and_model_parameters(part)):
+            tensors = {name: part.optimizer.state[main][name] for name in MOMENTS}
+            if main is not model:
+                tensors[MAIN] = main.data
+            shard = by_parameter[id(model)]
+            entries[number] = {
+                k: make_sharded_optimizer_tensor(shard, t, f"optimizer.state.{k}") for k, t in tensors.items()
+            }
+        state.append(entries)
+    return state
+
+
+def _named(tensors: dict[str, Any], bf16: bool) -> dict[str, Any]:
+    """megacpt's names for a distributed optimizer's tensors; in fp32 the main parameter is the model's own."""
+    named = {name: tensors[name] for name in MOMENTS}
+    if bf16:
+        main = tensors["param"]
+        named[MAIN] = replace(main, key=main.key.replace("optimizer.state.param.", f"optimizer.state.{MAIN}.", 1))
+    return named
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer: MegatronOptimizer, state: list[dict[int, dict[str, Any]]], iteration: int) -> None:
+    """Write loaded tensors (the structure of `sharded_optimizer_state`) back; every parameter gets its own `step`."""
+    for part, entries in zip(_parts(optimizer), state, strict=True):
+        if isinstance(part, DistributedOptimizer):
+            _load_shards(part, entries)
+        else:
+            for number, (main, _) in enumerate(_main_and_model_parameters(part)):
+                for name in MOMENTS:
+                    part.optimizer.state[main][name].copy_(entries[number][name])
+                if MAIN in entries[number]:
+                    main.data.copy_(entries[number][MAIN])
+        _set_step(part.optimizer, iteration)
+
+
+def _load_shards(part: DistributedOptimizer, entries: dict[int, dict[str, Any]]) -> None:
+    """Cut this rank's shards out of whole tensors; parameters are numbered as the gradient buffers hold them."""
+    number = -1
+    for buffer, ranges_by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (buckets,) = ranges_by_dtype.values()
+        here = {parameter: spans["param"] for bucket in buckets for parameter, spans in bucket["param_map"].items()}
+        for parameter in buffer.param_index_map:
+            number += 1
+            if parameter not in here:
+                continue
+            group, order = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][order]
+            for name, tensor in entries[number].items():
+                target = main if name == MAIN else part.optimizer.state[main][name]
+                target.copy_(tensor.flatten()[here[parameter].start : here[parameter].end])
+
+
+def _set_step(inner: torch.optim.Optimizer, iteration: int) -> None:
+    for group in inner.param_groups:
+        if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
+            for parameter in group["params"]:
+                inner.state[parameter]["step"] = torch.tensor(float(iteration), dtype=torch.float32)
+        else:
+            group["step"] = iteration

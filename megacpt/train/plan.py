@@ -1,0 +1,226 @@
+"""Everything that can be known before the first process group: the plan of a run, checked, for any layout."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacpt.config.architecture import Architecture, resolve_architecture
+from megacpt.config.check import check_config, check_micro_batches
+from megacpt.config.tree import Config
+from megacpt.data.batches import BatchLayout
+from megacpt.data.blended import EvalSet, SourceSpec, SourceStream, open_sources
+from megacpt.data.continuation import continuation, differences, start_of
+from megacpt.data.indexed import IndexedDataset, bin_path
+from megacpt.data.manifest import read_manifest
+from megacpt.data.mixture import Budget, Mixture, Start
+from megacpt.data.solve import solve
+from megacpt.data.tokenizer import load_tokenizer
+from megacpt.errors import UserError
+from megacpt.runtime.setup import Layout
+from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
+from megacpt.train.schedule import LRSchedule
+
+SCAN_LIMIT = 256 << 20
+"""Bytes of tokens up to which a dataset without a manifest is scanned for foreign tokens before training."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What made the tokens: size, and the tokenizer file's hash where it is known."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint from which this run goes on."""
+
+    folder: Path
+    state: TrainState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: nothing below it asks whether the configuration makes sense."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    vocabulary: Vocabulary
+    mixture: Mixture
+    datasets: dict[str, IndexedDataset]
+    eval_sets: dict[str, EvalSet]
+    schedule: LRSchedule
+    resume: Resume | None
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @property
+    def first_iteration(self) -> int:
+        """Finished iterations at the start of this process."""
+        return self.resume.state.iteration if self.resume else 0
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration after which the run ends."""
+        return self.mixture.steps
+
+    def learning_rate(self, iteration: int) -> float:
+        """The rate with which iteration 1, 2, ... updates; as in Megatron, the first uses the schedule's step 0."""
+        return self.schedule.at(iteration - 1, self.mixture.steps_available, self.mixture.global_batch_size)
+
+    def evaluates_after(self, iteration: int) -> bool:
+        """Whether the named sets are evaluated once `iteration` is finished (0: before the first)."""
+        settings = self.config.eval
+        if not settings.sets:
+            return False
+        regular = settings.every is not None and iteration > 0
+        return iteration in settings.at or (
+            regular and (iteration % (settings.every or 1) == 0 or iteration == self.last_iteration)
+        )
+
+    def saves_after(self, iteration: int) -> bool:
+        """Whether a checkpoint is written once `iteration` is finished."""
+        interval = self.config.save.interval
+        return iteration == self.last_iteration or (interval is not None and iteration % interval == 0)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        return {
+            **{f"model.{name}": value for name, value in asdict(self.architecture).items()},
+            "precision.dtype": str(self.dtype).removeprefix("torch."),
+            "tokenizer": self.vocabulary.sha256,
+            "train.global_batch_size": self.config.train.global_batch_size,
+            "train.freeze.top": self.config.train.freeze.top,
+            "train.freeze.bottom": self.config.train.freeze.bottom,
+            "data.reset_attention_mask": self.config.data.reset_attention_mask,
+        }
+
+
+def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
+    """Check the configuration against itself, the layout, the datasets on disk and the checkpoint to resume from.
+
+    Reads files, changes none.
+
+    Raises:
+        UserError: the first thing that cannot work, in one sentence.
+    """
+    model, train = config.model, config.train
+    layout = Layout(
+        world_size,
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.virtual_pipeline_model_parallel_size,
+        model.context_parallel_size,
+    )
+    layout.check()
+    batches = BatchLayout(train.global_batch_size, train.micro_batch_size, 0, layout.data)
+    check_micro_batches(config, batches.micro_batches)
+    specs = [SourceSpec(name, s.path, s.epochs, s.weight) for name, s in config.data.sources.items()]
+    sources, datasets = open_sources(specs)
+    held_out = {name: IndexedDataset(path) for name, path in config.eval.sets.items()}
+    vocabulary = _vocabulary(config, [s.path for s in specs] + list(config.eval.sets.values()))
+    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None)
+    check_config(config, architecture)
+    vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
+    _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
+
+    budget = Budget(train.train_iters, train.train_samples, train.train_tokens)
+    resume = _find_resume(config)
+    start = start_of(resume.state.mixture) if resume else Start()
+    solved = (sources, config.data.seq_length, train.global_batch_size, train.seed, budget)
+    mixture, notes = solve(*solved, start), []
+    if resume:
+        changes = differences(resume.state.mixture, mixture.fingerprint())
+        if changes and not config.data.accept_change:
+            raise UserError(
+                f"the mixture is not the one of {resume.folder}: {'; '.join(changes)}; restore it, or set "
+                "data.accept_change=true to go on from what each source has consumed"
+            )
+        if changes:
+            state = resume.state
+            start = continuation(state.mixture, mixture.fingerprint(), state.consumed_samples, state.samples_by_source)
+            mixture = solve(*solved, start)
+            notes.append(f"mixture changed at sample {start.sample:,}: {'; '.join(changes)}")
+    eval_limit = config.eval.iters and config.eval.iters * train.global_batch_size
+    eval_sets = {
+        name: EvalSet(SourceStream(data, name, config.data.seq_length, train.seed, architecture.vocab_size), eval_limit)
+        for name, data in held_out.items()
+    }
+    dtype = torch.bfloat16 if (config.precision.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
+    schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
+    schedule.check(mixture.steps_available, train.global_batch_size)
+    plan = Plan(
+        config, layout, architecture, vocabulary, mixture, datasets, eval_sets, schedule, resume, dtype, tuple(notes)
+    )
+    _check_identity(plan)
+    return plan
+
+
+def _find_resume(config: Config) -> Resume | None:
+    folder = find_checkpoint(Path(config.save.dir) / "checkpoints")
+    if folder is None:
+        return None
+    state = read_state(folder)
+    if state is None:
+        raise UserError(
+            f"{folder}: not written by megacpt; choose another save.dir and start with init.checkpoint={folder}"
+        )
+    return Resume(folder, state)
+
+
+def _check_identity(plan: Plan) -> None:
+    if plan.resume is None:
+        return
+    old, new = plan.resume.state.identity, plan.identity()
+    for key in new:
+        if old.get(key) != new[key]:
+            raise UserError(
+                f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
+                "choose another save.dir and start from these weights with init.checkpoint"
+            )
+
+
+def _vocabulary(config: Config, prefixes: Sequence[str]) -> Vocabulary | None:
+    """The tokenizer that made every dataset, from the configuration and the datasets' manifests, which must agree."""
+    found: dict[str, tuple[str, Vocabulary]] = {}
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.model)
+        found["the configured tokenizer"] = (config.tokenizer.model, Vocabulary(tokenizer.vocab_size, tokenizer.sha256))
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        if manifest is not None:
+            made_by = Vocabulary(manifest.tokenizer.vocab_size, manifest.tokenizer.sha256)
+            found.setdefault(prefix, (prefix, made_by))
+    if not found:
+        return None
+    (first, (_, vocabulary)), *rest = found.items()
+    for where, (_, other) in rest:
+        if other != vocabulary:
+            raise UserError(
+                f"{where}: made with another tokenizer (vocabulary {other.size:,}) than {first} (vocabulary "
+                f"{vocabulary.size:,}); preprocess both with the same one"
+            )
+    return vocabulary
+
+
+def _check_tokens(datasets: Sequence[IndexedDataset], vocab_size: int, vocabulary: Vocabulary) -> None:
+    """Refuse foreign tokens now where that is cheap; every sample is checked again when it is read."""
+    if vocabulary.size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocabulary.size:,} tokens, the model {vocab_size:,} (model.vocab_size); "
+            "use the model's own tokenizer, or enlarge model.vocab_size"
+        )
+    for dataset in datasets:
+        if bin_path(dataset.prefix).stat().st_size <= SCAN_LIMIT:
+            dataset.check_vocabulary(vocab_size)
+
+
+def fingerprint(mixture: Mixture) -> str:
+    """A short name of the sequence of samples, for people to compare."""
+    return hashlib.sha256(repr(sorted(mixture.fingerprint().items())).encode()).hexdigest()[:12]

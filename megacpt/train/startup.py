@@ -1,0 +1,41 @@
+"""What a run says when it starts."""
+
+from megacpt.model.build import slot_classes
+from megacpt.runtime.environment import describe_device, versions
+from megacpt.train.job import Job
+
+
+def announce(job: Job) -> None:
+    """Say what is active, how ranks are divided, which class fills each slot, what is read and where it goes on."""
+    plan, log = job.plan, job.log
+    assert log is not None
+    layout, architecture = plan.layout, plan.architecture
+    log.say(" | ".join(f"{name} {version}" for name, version in versions().items()))
+    log.say(f"device: {describe_device(job.rank.device, job.rank.threads)}")
+    virtual = f" (x{layout.virtual} virtual)" if layout.virtual else ""
+    log.say(
+        f"ranks: {layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP "
+        f"{layout.data} | {str(plan.dtype).removeprefix('torch.')} | sequence parallel "
+        f"{'on' if plan.config.model.sequence_parallel else 'off'} | distributed optimizer "
+        f"{'on' if plan.config.optimizer.use_distributed_optimizer else 'off'}"
+    )
+    log.say(
+        f"model: {architecture.parameters:,} parameters, {architecture.num_layers} layers of "
+        f"{architecture.hidden_size}, vocabulary {architecture.vocab_size:,}"
+    )
+    for slot, name in slot_classes(job.chunks[0]).items():
+        log.say(f"  {slot:<18} {name}")
+    for line in (*plan.mixture.table().splitlines(), *plan.notes):
+        log.say(line)
+    if plan.resume is None:
+        start = plan.config.init.checkpoint
+        log.say(f"starting {'from the weights of ' + start if start else 'from fresh weights'}")
+    elif plan.first_iteration >= plan.last_iteration:
+        log.say(f"nothing to do: {plan.resume.folder} is the end of this plan ({plan.last_iteration} iterations)")
+    else:
+        log.say(f"resuming from {plan.resume.folder}")
+        if plan.resume.state.layout["threads"] != job.rank.threads:
+            log.say(
+                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, {job.rank.threads} "
+                "go on: sums may round differently (runtime.threads sets them)"
+            )

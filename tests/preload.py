@@ -1,0 +1,9 @@
+"""What every rank of a multi-rank test imports; loaded once into the server from which ranks are forked."""
+
+import warnings
+
+warnings.simplefilter("ignore")
+
+import megacpt.train.job  # noqa: E402
+import megacpt.train.loop  # noqa: E402
+import megacpt.train.plan  # noqa: E402, F401
