@@ -57,6 +57,7 @@ def run(parsed: argparse.Namespace) -> None:
         announce(job)
     train(job)
     if job.log is not None:
+        job.log.summary()
         job.log.close()
     teardown()
 
