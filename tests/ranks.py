@@ -12,7 +12,9 @@ PRELOAD = ["tests.preload"]
 TIMEOUT_S = 300.0
 
 
-def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, results: Any) -> None:
+def _rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, results: Any
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     import torch.distributed as dist
 
@@ -31,8 +33,8 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, w
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     """Call `function(*arguments)` on `world` fresh processes that share a gloo group; results by rank.
 
-    The function must be importable (module level) and its results picklable. Processes are forked from a server that has
-    imported torch and megatron-core once. A failure on any rank fails the test with that rank's traceback.
+    The function must be importable (module level) and its results picklable. Processes are forked from a server that
+    has imported torch and megatron-core once. A failure on any rank fails the test with that rank's traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -40,7 +42,8 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
         results = context.SimpleQueue()
         meeting = str(Path(folder) / "meeting")
         ranks = [
-            context.Process(target=_rank, args=(function, arguments, rank, world, meeting, results)) for rank in range(world)
+            context.Process(target=_rank, args=(function, arguments, rank, world, meeting, results))
+            for rank in range(world)
         ]
         for process in ranks:
             process.start()
