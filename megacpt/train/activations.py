@@ -1,13 +1,13 @@
 """Activations that a rank keeps for the backward pass: an estimate, from what megacpt's layer saves.
 
-What each part of the local layer spec saves was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds the
-formulas against it. Bytes per token of a micro-batch on one rank, in the manner of Korthikanti et al. 2022 (arXiv
+What each part of the local layer spec saves was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds
+the formulas against it. Bytes per token of a micro-batch on one rank, in the manner of Korthikanti et al. 2022 (arXiv
 2205.05198, 4.1), with d bytes an element, h hidden, f FFN, H heads and G query groups of D channels, t = TP, and
 u = t with sequence parallelism, else 1:
 
     2 norms               2 (d h + 4) / u          input and fp32 inverse root mean square
     inputs of qkv, fc1    2 d h / u                (not where frozen: needed for weight gradients only)
-    fused qkv             d D (H + 2 G) / t        held whole through the view that is the values; with t > G: of all ranks
+    fused qkv             d D (H + 2 G) / t        held whole by its view, the values; with t > G of all ranks
     query, key            d D (H + max(G, t)) / t  after RoPE
     attention             d D H / t + 4 H / t      output, which is proj's input too, and fp32 log-sum-exp; no scores
     SwiGLU                4 d f / t                gate and up, silu(gate), up + glu_linear_offset
@@ -41,8 +41,8 @@ def stage_activations(setting: Setting, stage: int, *, fused_norm: bool = True) 
     """Peak activations of `stage`.
 
     Args:
-        fused_norm: RMSNorm in one kernel, as on a GPU. On a CPU torch composes it and keeps more: the input in fp32 and,
-            for the weight's gradient, the normalised input in fp32.
+        fused_norm: RMSNorm in one kernel, as on a GPU. On a CPU torch composes it and keeps more: the input in fp32
+            and, for the weight's gradient, the normalised input in fp32.
     """
     costs = [_chunk(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks)]
     again = max(_recomputed(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks))
@@ -89,9 +89,9 @@ def peak(setting: Setting, stage: int, costs: list[int]) -> int:
 def logits_bytes(setting: Setting) -> int:
     """Logits and cross-entropy of one micro-batch.
 
-    `vocab_parallel_cross_entropy` turns an fp32 copy of the logits into the softmax and keeps it; an fp32 model's logits
-    are their own copy. Beside it in bf16: the logits while it is made, their gradient when it is used. And per token the
-    target's place (int64), whether it is on this rank (bool), and the loss mask (fp32).
+    `vocab_parallel_cross_entropy` turns an fp32 copy of the logits into the softmax and keeps it; an fp32 model's
+    logits are their own copy. Beside it in bf16: the logits while it is made, their gradient when it is used. And per
+    token the target's place (int64), whether it is on this rank (bool), and the loss mask (fp32).
     """
     item = setting.dtype.itemsize
     width = setting.vocabulary_rows * (FP32 + (item if item < FP32 else 0))
@@ -120,10 +120,16 @@ def layer_bytes(setting: Setting, *, trains: bool, fused_norm: bool) -> int:
     return _tokens(setting) * per_token + phases + mask
 
 
+def _layers(setting: Setting, stage: int, chunk: int, fused_norm: bool) -> list[int]:
+    """What each layer of a chunk saves."""
+    numbers = setting.layers(stage, chunk)
+    return [layer_bytes(setting, trains=setting.trains(number), fused_norm=fused_norm) for number in numbers]
+
+
 def _chunk(setting: Setting, stage: int, chunk: int, fused_norm: bool) -> int:
     """What one forward of a chunk saves, logits aside."""
     model = setting.config.model
-    layers = [layer_bytes(setting, trains=setting.trains(n), fused_norm=fused_norm) for n in setting.layers(stage, chunk)]
+    layers = _layers(setting, stage, chunk, fused_norm)
     stream = _stream(setting)
     units = model.recompute_num_layers or 1
     if model.recompute_granularity != "full":
@@ -149,7 +155,7 @@ def _recomputed(setting: Setting, stage: int, chunk: int, fused_norm: bool) -> i
     units = min(model.recompute_num_layers or 1, count)
     # The last layers of `block` are not computed again, and free what they saved before the first one is.
     again = units if model.recompute_method == "uniform" else int(units == count)
-    layers = [layer_bytes(setting, trains=setting.trains(n), fused_norm=fused_norm) for n in setting.layers(stage, chunk)]
+    layers = _layers(setting, stage, chunk, fused_norm)
     # The input of a unit is there already.
     return max(0, again * max(layers) - _stream(setting))
 

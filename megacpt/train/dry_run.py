@@ -1,4 +1,4 @@
-"""The report of `--dry-run`: what a run would read, compute, hold in memory and write, for any layout, in one process."""
+"""The report of `--dry-run`: what a run of any layout would read, compute, hold in memory and write."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,18 @@ from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
 from megacpt.train.plan import Plan, fingerprint
 
 LABEL = 13
+COLUMNS = (
+    "stage",
+    "layers",
+    "parameters",
+    "weights",
+    "gradients",
+    "optimizer",
+    "in flight",
+    "activations",
+    "logits",
+    "total",
+)
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -22,8 +34,8 @@ def describe(plan: Plan) -> str:
         list(_memory(setting)),
         [*_checkpoints(plan, setting), *_start(plan), *_line("data", f"fingerprint {fingerprint(plan.mixture)}")],
         [
-            "Computed from the configuration and the datasets: everything but activations and logits, which are estimated",
-            "for fused kernels. Not in the table: temporary buffers, the allocator's and the communication library's.",
+            "Computed: everything but activations and logits, which are estimated for fused kernels, as on a GPU.",
+            "Not in the memory table: temporary buffers, the allocator's and the communication library's.",
         ],
     ]
     return "\n\n".join("\n".join(section) for section in sections)
@@ -32,18 +44,18 @@ def describe(plan: Plan) -> str:
 def size(count: float) -> str:
     """Bytes for people: `1.50 GiB`."""
     unit = 0
-    while count >= 1024 and unit < len(UNITS) - 1:
+    while count >= 1000 and unit < len(UNITS) - 1:
         count, unit = count / 1024, unit + 1
     return f"{count:.0f} {UNITS[unit]}" if unit == 0 else f"{count:,.2f} {UNITS[unit]}"
 
 
 def flops(count: float) -> str:
-    """Floating-point operations for people: `1.50 PFLOP`."""
+    """Floating-point operations for people: `1.5 PFLOP`."""
     prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
     index = 0
     while count >= 1000 and index < len(prefixes) - 1:
         count, index = count / 1000, index + 1
-    return f"{count:.3g} {prefixes[index]}FLOP"
+    return f"{count:.1f} {prefixes[index]}FLOP"
 
 
 def _line(label: str, *texts: str) -> list[str]:
@@ -98,8 +110,8 @@ def _steps(plan: Plan) -> list[str]:
     epochs = ", ".join(f"{name} {float(passes):.2f}" for name, passes in mixture.epochs(mixture.stop).items())
     return _line(
         "steps",
-        f"{mixture.steps:,} of {mixture.global_batch_size:,} samples x {mixture.seq_length:,} tokens: {samples:,} samples, "
-        f"{samples * mixture.seq_length:,} token positions",
+        f"{mixture.steps:,} of {mixture.global_batch_size:,} samples x {mixture.seq_length:,} tokens: "
+        f"{samples:,} samples, {samples * mixture.seq_length:,} token positions",
         f"a rank: {micro_batches:,} micro-batches of {train.micro_batch_size:,} a step",
         f"passes at the end: {epochs}",
     )
@@ -147,14 +159,14 @@ def _compute(plan: Plan) -> list[str]:
     run = step * (plan.last_iteration - plan.first_iteration)
     return _line(
         "compute",
-        f"{flops(token)} a token (forward and backward, causal half), {flops(step)} a step, "
+        f"{flops(token)} a token (forward and backward, causal half), {flops(step)} a step",
         f"{flops(step / plan.layout.world_size)} a step and rank, {flops(run)} for the steps to come",
     )
 
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """What validation costs in the steps to come: times, samples forwarded each time (filled batches), share of FLOPs."""
+    """Validation in the steps to come: how often, samples forwarded each time (whole batches), share of the FLOPs."""
 
     times: int
     samples: int
@@ -188,53 +200,44 @@ def _evaluation(plan: Plan) -> list[str]:
     return _line(
         "evaluation",
         *sets,
-        f"{', '.join(when) or 'never'}: {cost.times:,} times {cost.samples:,} samples, {cost.share:.1%} of the compute to come",
+        f"{', '.join(when) or 'never'}: {cost.times:,} times {cost.samples:,} samples, "
+        f"{cost.share:.1%} of the compute to come",
     )
 
 
 def _memory(setting: Setting) -> Iterator[str]:
-    """A row per pipeline stage, what one of its ranks holds; stages that are alike share a row."""
-    header = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "in flight", "activations", "logits", "total")
-    rows: list[tuple[list[int], tuple[int, ...]]] = []
-    composed = 0
+    """A row per pipeline stage, what one of its ranks holds; neighbouring stages that are alike share a row."""
+    rows: list[tuple[list[int], list[str]]] = []
+    totals, composed = [], 0
     for stage in range(setting.layout.pipeline):
         state, held = stage_state(setting, stage), stage_activations(setting, stage)
-        layers = setting.chunk_layers * setting.chunks
-        total = state.total + held.saved + held.logits
-        sizes = (state.weights, state.gradients, state.optimizer, held.in_flight, held.saved, held.logits, total)
-        row = (layers, state.parameters, *sizes)
+        totals.append(state.total + held.saved + held.logits)
         composed = max(composed, stage_activations(setting, stage, fused_norm=False).saved - held.saved)
-        if rows and rows[-1][1] == row:
+        cells = [
+            f"{setting.chunk_layers * setting.chunks:,}",
+            f"{state.parameters:,}",
+            *map(size, (state.weights, state.gradients, state.optimizer)),
+            f"{held.in_flight:,}",
+            *map(size, (held.saved, held.logits, totals[-1])),
+        ]
+        if rows and rows[-1][1] == cells:
             rows[-1][0].append(stage)
         else:
-            rows.append(([stage], row))
-    largest = max(rows, key=lambda row: row[1][-1])
-    yield "memory of one rank, by pipeline stage (weights, gradients and optimizer exact; activations and logits estimated)"
-    yield from _table(header, [[_span(stages), *_cells(row)] for stages, row in rows])
-    state_note = "fp32 main parameters and moments" if setting.dtype.itemsize == 2 else "fp32 moments"
-    yield f"optimizer: {state_note}; in flight: {_in_flight(setting)} that wait for their backward"
-    yield f"largest: stage {_span(largest[0])} with {size(largest[1][-1])} a rank; on a CPU RMSNorm keeps up to {size(composed)} more"
-
-
-def _in_flight(setting: Setting) -> str:
-    return "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
-
-
-def _cells(row: tuple[int, ...]) -> list[str]:
-    layers, parameters, *sizes = row
-    in_flight = sizes.pop(3)
-    cells = [f"{layers:,}", f"{parameters:,}", *map(size, sizes)]
-    cells.insert(5, f"{in_flight:,}")
-    return cells
+            rows.append(([stage], cells))
+    yield "memory of a rank by pipeline stage; weights, gradients, optimizer exact, activations and logits estimated"
+    yield from aligned(COLUMNS, [[_span(stages), *cells] for stages, cells in rows], [""] * len(COLUMNS))[:-2]
+    held_by_optimizer = "fp32 main parameters and moments" if setting.dtype.itemsize == 2 else "fp32 moments"
+    unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
+    yield f"optimizer: {held_by_optimizer}; in flight: {unit} that wait for their backward"
+    largest = max(totals)
+    yield (
+        f"largest: stage {totals.index(largest)} with {size(largest)} a rank; on a CPU, unfused RMSNorm keeps up to "
+        f"{size(composed)} more"
+    )
 
 
 def _span(stages: Sequence[int]) -> str:
     return str(stages[0]) if len(stages) == 1 else f"{stages[0]}-{stages[-1]}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """`aligned` without its total: memory of ranks does not add up."""
-    return aligned(header, rows, [""] * len(header))[:-2]
 
 
 def _checkpoints(plan: Plan, setting: Setting) -> list[str]:

@@ -1,8 +1,9 @@
 """Memory of a rank, from arithmetic alone: parameters, gradients, optimizer state; nothing is built.
 
-Weights, gradients and optimizer state follow megatron-core 0.19's own rules (sources beside each function) and are exact;
-activations are estimated in `megacpt.train.activations`. All sizes are bytes. The ranks of a tensor-parallel group are
-alike, and so are those of a data-parallel group but for the padding at the end of a distributed optimizer's buffers.
+Weights, gradients and optimizer state follow megatron-core 0.19's own rules (sources beside each function) and are
+exact; activations are estimated in `megacpt.train.activations`. All sizes are bytes. The ranks of a tensor-parallel
+group are alike, and so are those of a data-parallel group but for the padding at the end of a distributed optimizer's
+buffers.
 """
 
 import math
@@ -101,10 +102,10 @@ class State:
 def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter]:
     """The tensors of one chunk on one tensor-parallel rank, in the order of `named_parameters()`.
 
-    Column-parallel matrices (qkv, fc1) are cut by rows, row-parallel ones (proj, fc2) by columns, norms are whole on every
-    rank. Rows of the fused qkv are divided evenly even where TP exceeds the query groups: megatron-core then gathers
-    activations, not weights (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and the last
-    stage (`LanguageModule.setup_embeddings_and_output_layer`).
+    Column-parallel matrices (qkv, fc1) are cut by rows, row-parallel ones (proj, fc2) by columns, norms are whole on
+    every rank. Rows of the fused qkv are divided evenly even where TP exceeds the query groups: megatron-core then
+    gathers activations, not weights (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and
+    the last stage (`LanguageModule.setup_embeddings_and_output_layer`).
     """
     shape, tp = setting.architecture, setting.layout.tensor
     hidden = shape.hidden_size
@@ -130,13 +131,13 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
 def stage_state(setting: Setting, stage: int) -> State:
     """Weights, gradients and optimizer state of a rank of `stage`.
 
-    - Weights: the model's dtype. The distributed optimizer moves trained ones into padded buffers, so that it can gather.
+    - Weights: the model's dtype. The distributed optimizer moves trained ones into padded buffers, to gather them.
     - Gradients: megatron-core's DDP keeps one buffer per chunk for the whole step, fp32 or the model's dtype.
     - Optimizer: AdamW's two fp32 moments, and in bf16 an fp32 copy of the parameter; a 1/DP share of the buffers under
-      the distributed optimizer (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). Of its ranks, those whose share ends
-      in padding hold a little less.
+      the distributed optimizer (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). Of its ranks, those whose share
+      ends in padding hold a little less.
 
-    Frozen layers have weights only.
+    Frozen layers have weights only. Not counted: with bf16 gradients, the fp32 copy that a step makes of them.
     """
     item = setting.dtype.itemsize
     sharded = setting.config.optimizer.use_distributed_optimizer
@@ -158,8 +159,8 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
     """Elements of each bucket of one chunk's gradient buffer, padding included.
 
     As `DistributedOptimizer._compute_per_buffer_param_layout`: from the last parameter to the first, each begins at a
-    multiple of 64 elements, a bucket ends at a multiple of lcm(DP, 128), a shared embedding has a bucket of its own, and
-    with overlap_grad_reduce the first stage closes a bucket at max(40M, 1M x DP) elements. Without the distributed
+    multiple of 64 elements, a bucket ends at a multiple of lcm(DP, 128), a shared embedding has a bucket of its own,
+    and with overlap_grad_reduce the first stage closes a bucket at max(40M, 1M x DP) elements. Without the distributed
     optimizer nothing is padded.
     """
     if not setting.config.optimizer.use_distributed_optimizer:

@@ -161,8 +161,16 @@ RUNS = {
     "frozen, bf16": (1, "bf16", {"train": FROZEN}),
     "documents": (1, "fp32", {"data": DOCUMENTS}),
     "selective": (1, "fp32", {"model": {"recompute_granularity": "selective"}}),
-    "uniform": (1, "fp32", {"model": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}}),
-    "block": (1, "fp32", {"model": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3}}),
+    "uniform": (
+        1,
+        "fp32",
+        {"model": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}},
+    ),
+    "block": (
+        1,
+        "fp32",
+        {"model": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3}},
+    ),
     "TP2": (2, "fp32", {"model": TP2}),
     "TP2, SP, bf16": (2, "bf16", {"model": SP2}),
     "TP4 over 2 query groups": (4, "fp32", {"model": {"tensor_model_parallel_size": 4}}),
@@ -208,7 +216,11 @@ def test_the_arithmetic_is_what_ranks_allocate(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 def test_in_flight_micro_batches_follow_the_schedule(pp: int, vp: int | None, rounds: int) -> None:
     pp, vp = (pp, None) if vp is None else (max(pp, 2), vp)
-    shape = {"num_layers": pp * (vp or 1), "pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": vp}
+    shape = {
+        "num_layers": pp * (vp or 1),
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+    }
     micro_batches = rounds * pp if vp else rounds
     where = setting(pp, model=shape, train={"global_batch_size": micro_batches, "micro_batch_size": 1})
     for stage in range(pp):
