@@ -1,7 +1,7 @@
 """A model's shape: preset and overrides resolved into numbers, and the parameter counts that follow from them."""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megacpt.config.presets import MODEL_PRESETS
@@ -57,11 +57,35 @@ class Architecture:
         return 6.0 * matmul + 6.0 * self.num_layers * self.kv_channels * self.num_attention_heads * seq_length
 
 
-def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Architecture:
+WEIGHT_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "untie_embeddings_and_output_weights",
+    "vocab_size",
+)
+"""What weights fix; the rest of an architecture (rotary base, longest sequence, ...) a new run may change."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The shape of the weights that a run starts from, and the file that says so."""
+
+    architecture: Architecture
+    where: str
+
+
+def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: Base | None = None) -> Architecture:
     """The preset's numbers, overridden by the keys given; vocabulary from the tokenizer where neither says.
 
+    With `base`, that model's numbers: keys may override what weights do not fix, and a preset has to agree.
+
     Raises:
-        UserError: unknown preset, a field that nothing gives, or a shape that does not fit together.
+        UserError: unknown preset, a field that nothing gives, a shape that does not fit together, or one that contradicts
+            the base.
     """
     if model.preset is not None and model.preset not in MODEL_PRESETS:
         near = difflib.get_close_matches(model.preset, MODEL_PRESETS, n=1, cutoff=0.0)[0]
@@ -69,7 +93,11 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
             f"model.preset: no preset '{model.preset}'; the nearest is '{near}' (of {', '.join(MODEL_PRESETS)})"
         )
     values: dict[str, Any] = dict(MODEL_PRESETS[model.preset]) if model.preset else {}
-    values |= {f.name: v for f in fields(Architecture) if (v := getattr(model, f.name)) is not None}
+    given = {f.name: v for f in fields(Architecture) if (v := getattr(model, f.name)) is not None}
+    if base is not None:
+        _check_base(model.preset, values | {name: given[name] for name in WEIGHT_FIELDS if name in given}, given, base)
+        values = asdict(base.architecture)
+    values |= given
     if values.get("vocab_size") is None:
         values["vocab_size"] = tokenizer_vocab_size
     values.setdefault("rope_scaling_factor", None)
@@ -82,6 +110,25 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
             f"model.{missing[0]} is not given; set it or choose a model.preset ({', '.join(MODEL_PRESETS)})"
         )
     architecture = Architecture(**{f.name: values[f.name] for f in fields(Architecture)})
+    check_shape(architecture)
+    return architecture
+
+
+def _check_base(preset: str | None, claimed: dict[str, Any], given: dict[str, Any], base: Base) -> None:
+    for name, value in claimed.items():
+        own = getattr(base.architecture, name)
+        if value is None or value == own or (name in given and name not in WEIGHT_FIELDS):
+            continue
+        key = f"model.{name}" if name in given else f"model.preset {preset} has {name}"
+        raise UserError(f"{key} {value}, but {base.where} has {own}; drop the key, the weights bring their shape")
+
+
+def check_shape(architecture: Architecture) -> None:
+    """Refuse heads that do not divide.
+
+    Raises:
+        UserError: query heads are no multiple of groups, or a head has an odd number of channels.
+    """
     if architecture.num_attention_heads % architecture.num_query_groups:
         raise UserError(
             f"model.num_attention_heads {architecture.num_attention_heads} is no multiple of model.num_query_groups "
@@ -89,4 +136,3 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
         )
     if architecture.kv_channels % 2:
         raise UserError(f"model.kv_channels {architecture.kv_channels} is odd; rotary embeddings pair channels")
-    return architecture

@@ -1,0 +1,70 @@
+"""Import: this rank's parameters filled in place from a Hugging Face folder, reading only the slices that they cover."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megacpt.model.hf.families import Family, Weight, checkpoint_key
+from megacpt.model.hf.rows import cut
+from megacpt.model.hf.source import Source
+
+LAYER_NUMBER = re.compile(r"(?<=\.layers\.)(\d+)\.")
+Report = Callable[[int], None]
+"""Called with the number of parameters that have just been filled."""
+
+
+class Target(NamedTuple):
+    """A part of this rank's parameters: which weight, which layer, from which row and column on; `data` is written to."""
+
+    weight: Weight
+    layer: int | None
+    offset: tuple[int, ...]
+    data: torch.Tensor
+
+
+def targets(chunks: Sequence[torch.nn.Module], family: Family) -> list[Target]:
+    """What this rank has to fill: its shards, layer by layer; megatron-core says which part of the whole each one is."""
+    weights = {weight.key: weight for weight in family.weights}
+    found = []
+    for chunk in chunks:
+        sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
+        apply_factories(sharded)
+        for shard in nested_values(sharded):
+            if isinstance(shard, ShardedTensor) and shard.data is not None:
+                found.append(_target(shard, weights))
+    return sorted(found, key=lambda target: -1 if target.layer is None else target.layer)
+
+
+def _target(shard: ShardedTensor, weights: dict[str, Weight]) -> Target:
+    key, axes = checkpoint_key(shard.key), shard.prepend_axis_num
+    numbered = LAYER_NUMBER.search(key)
+    layer = shard.global_offset[0] if axes else int(numbered[1]) if numbered else None
+    weight = weights[LAYER_NUMBER.sub("", key)]
+    return Target(weight, layer if weight.in_layer else None, tuple(shard.global_offset[axes:]), shard.data)
+
+
+def fill_weights(chunks: Sequence[torch.nn.Module], source: Source, report: Report = lambda count: None) -> None:
+    """Fill every parameter of this rank, converting to its dtype; rows of vocabulary padding become zero.
+
+    Memory: the parameters, one slice of one tensor, and the pages of one safetensors file.
+    """
+    for target in targets(chunks, source.family):
+        fill_target(target, source)
+        report(target.data.numel())
+
+
+@torch.no_grad()
+def fill_target(target: Target, source: Source) -> None:
+    """Fill one target from the slices that it covers."""
+    (first, *others), data = target.offset, target.data
+    columns = tuple(slice(offset, offset + size) for offset, size in zip(others, data.shape[1:], strict=True))
+    position = 0
+    for span in cut(target.weight.layout(source.architecture), first, first + data.shape[0]):
+        name = target.weight.parts[span.part].name.format(layer=target.layer)
+        data[position : position + span.rows].copy_(source.read(name, (slice(span.start, span.stop), *columns)))
+        position += span.rows
+    data[position:].zero_()
