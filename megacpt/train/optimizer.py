@@ -63,7 +63,11 @@ def build_optimizer(wrapped: list[DistributedDataParallel], optimizer: Optimizer
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         overlap_param_gather=optimizer.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    built = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    for group in built.param_groups:
+        # megatron-core leaves this product to its own scheduler; without it, norms decay like matrices.
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    return built
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
