@@ -44,7 +44,10 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:
+            raise UserError(f"{path}: its folder cannot be made ({error.strerror}); choose another place") from error
         try:
             with open(partial, mode, encoding=None if "b" in mode else "utf-8") as handle:
                 yield handle

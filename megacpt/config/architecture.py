@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, fields
+from typing import Any
 
 from megacpt.config.presets import MODEL_PRESETS
 from megacpt.config.tree import Model
@@ -64,8 +65,10 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
     """
     if model.preset is not None and model.preset not in MODEL_PRESETS:
         near = difflib.get_close_matches(model.preset, MODEL_PRESETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"model.preset: no preset '{model.preset}'; the nearest is '{near}' (of {', '.join(MODEL_PRESETS)})")
-    values = dict(MODEL_PRESETS[model.preset]) if model.preset else {}
+        raise UserError(
+            f"model.preset: no preset '{model.preset}'; the nearest is '{near}' (of {', '.join(MODEL_PRESETS)})"
+        )
+    values: dict[str, Any] = dict(MODEL_PRESETS[model.preset]) if model.preset else {}
     values |= {f.name: v for f in fields(Architecture) if (v := getattr(model, f.name)) is not None}
     if values.get("vocab_size") is None:
         values["vocab_size"] = tokenizer_vocab_size
@@ -75,7 +78,9 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
     values.setdefault("num_query_groups", values.get("num_attention_heads"))
     missing = [f.name for f in fields(Architecture) if values.get(f.name) is None and f.name != "rope_scaling_factor"]
     if missing:
-        raise UserError(f"model.{missing[0]} is not given; set it or choose a model.preset ({', '.join(MODEL_PRESETS)})")
+        raise UserError(
+            f"model.{missing[0]} is not given; set it or choose a model.preset ({', '.join(MODEL_PRESETS)})"
+        )
     architecture = Architecture(**{f.name: values[f.name] for f in fields(Architecture)})
     if architecture.num_attention_heads % architecture.num_query_groups:
         raise UserError(

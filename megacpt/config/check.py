@@ -16,8 +16,8 @@ def check_config(config: Config, architecture: Architecture) -> None:
     model, data = config.model, config.data
     if model.context_parallel_size > 1:
         raise UserError(
-            f"model.context_parallel_size {model.context_parallel_size} needs Transformer Engine's attention, which this "
-            "build does not use; set it to 1"
+            f"model.context_parallel_size {model.context_parallel_size} needs Transformer Engine's attention, which the "
+            "local layer spec does not have; set it to 1"
         )
     if data.seq_length > architecture.max_position_embeddings:
         raise UserError(
@@ -31,7 +31,9 @@ def check_config(config: Config, architecture: Architecture) -> None:
         )
     frozen = config.train.freeze.top + config.train.freeze.bottom
     if frozen > architecture.num_layers:
-        raise UserError(f"train.freeze: {frozen} layers are frozen, the model has {architecture.num_layers}; freeze fewer")
+        raise UserError(
+            f"train.freeze: {frozen} layers are frozen, the model has {architecture.num_layers}; freeze fewer"
+        )
     _check_recompute(config, architecture)
     if config.optimizer.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("optimizer.overlap_param_gather needs optimizer.use_distributed_optimizer; set both or neither")
@@ -40,7 +42,9 @@ def check_config(config: Config, architecture: Architecture) -> None:
     if config.init.checkpoint is not None and config.init.hf is not None:
         raise UserError("init.checkpoint and init.hf are both set; keep one of them")
     if config.init.hf is not None:
-        raise UserError(f"init.hf {config.init.hf}: importing Hugging Face models is not in this version; use init.checkpoint")
+        raise UserError(
+            f"init.hf {config.init.hf}: importing Hugging Face models is not in this version; use init.checkpoint"
+        )
 
 
 def _check_tensor_parallel(config: Config, architecture: Architecture) -> None:
@@ -52,7 +56,9 @@ def _check_tensor_parallel(config: Config, architecture: Architecture) -> None:
     }
     for name, size in sizes.items():
         if size % tp:
-            raise UserError(f"model.tensor_model_parallel_size {tp} does not divide model.{name} {size}; choose a divisor")
+            raise UserError(
+                f"model.tensor_model_parallel_size {tp} does not divide model.{name} {size}; choose a divisor"
+            )
     groups = architecture.num_query_groups
     if max(groups, tp) % min(groups, tp):
         raise UserError(
@@ -106,5 +112,5 @@ def _check_recompute(config: Config, architecture: Architecture) -> None:
         raise UserError("model.recompute_method and recompute_num_layers belong to recompute_granularity: full")
     if full and (model.recompute_num_layers or 0) > architecture.num_layers // model.pipeline_model_parallel_size:
         raise UserError(
-            f"model.recompute_num_layers {model.recompute_num_layers} is more than the layers of a pipeline stage; lower it"
+            f"model.recompute_num_layers {model.recompute_num_layers} is more than a pipeline stage has layers; lower it"
         )

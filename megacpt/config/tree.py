@@ -4,8 +4,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Fraction = float
-
 
 class Section(BaseModel):
     """A strict, immutable group of keys: an unknown key or a wrong type is an error."""
@@ -23,7 +21,9 @@ class Tokenizer(Section):
 class Precision(Section):
     """Arithmetic of the step; main parameters and optimizer moments are fp32 whatever it is."""
 
-    dtype: Literal["fp32", "bf16"] | None = Field(None, description="parameters and activations; null: bf16 on a GPU, fp32 on a CPU")
+    dtype: Literal["fp32", "bf16"] | None = Field(
+        None, description="parameters and activations; null: bf16 on a GPU, fp32 on a CPU"
+    )
     grad_reduce_in_fp32: bool = Field(True, description="accumulate and reduce gradients in fp32")
 
 
@@ -38,21 +38,35 @@ class Model(Section):
     num_query_groups: PositiveInt | None = Field(None, description="key/value heads (GQA)")
     kv_channels: PositiveInt | None = Field(None, description="channels per head")
     rotary_base: PositiveFloat | None = Field(None, description="RoPE base period")
-    rope_scaling_factor: PositiveFloat | None = Field(None, description="Llama-3 RoPE scaling factor; null in preset and here: no scaling")
+    rope_scaling_factor: PositiveFloat | None = Field(
+        None, description="Llama-3 RoPE scaling factor; null in preset and here: no scaling"
+    )
     norm_epsilon: PositiveFloat | None = Field(None, description="epsilon inside RMSNorm's square root")
-    untie_embeddings_and_output_weights: bool | None = Field(None, description="separate input embedding and output layer")
+    untie_embeddings_and_output_weights: bool | None = Field(
+        None, description="separate input embedding and output layer"
+    )
     max_position_embeddings: PositiveInt | None = Field(None, description="longest seq_length allowed")
-    vocab_size: PositiveInt | None = Field(None, description="real rows of the embedding; null: preset's, else the tokenizer's")
+    vocab_size: PositiveInt | None = Field(
+        None, description="real rows of the embedding; null: preset's, else the tokenizer's"
+    )
     make_vocab_size_divisible_by: PositiveInt = Field(128, description="rows are padded to a multiple of this x TP")
     init_method_std: PositiveFloat = Field(0.02, description="standard deviation of freshly drawn weights")
     tensor_model_parallel_size: PositiveInt = Field(1, description="ranks that share each weight matrix")
     pipeline_model_parallel_size: PositiveInt = Field(1, description="ranks that share the stack of layers")
-    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(None, description="model chunks per pipeline rank (interleaved 1F1B)")
-    context_parallel_size: PositiveInt = Field(1, description="ranks that share each sequence; > 1 needs Transformer Engine")
+    virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
+        None, description="model chunks per pipeline rank (interleaved 1F1B)"
+    )
+    context_parallel_size: PositiveInt = Field(
+        1, description="ranks that share each sequence; > 1 needs Transformer Engine"
+    )
     sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence within a TP group")
-    recompute_granularity: Literal["selective", "full"] | None = Field(None, description="activations computed again in backward")
+    recompute_granularity: Literal["selective", "full"] | None = Field(
+        None, description="activations computed again in backward"
+    )
     recompute_method: Literal["uniform", "block"] | None = Field(None, description="with full: which layers")
-    recompute_num_layers: PositiveInt | None = Field(None, description="with full: layers per unit (uniform) or in all (block)")
+    recompute_num_layers: PositiveInt | None = Field(
+        None, description="with full: layers per unit (uniform) or in all (block)"
+    )
 
 
 class Source(Section):
@@ -69,9 +83,13 @@ class Data(Section):
     seq_length: PositiveInt = Field(description="tokens per sample")
     sources: dict[str, Source] = Field(min_length=1, description="the mixture, by name")
     reset_attention_mask: bool = Field(False, description="keep attention inside documents")
-    reset_position_ids: bool = Field(False, description="restart rotary phases at each document (with reset_attention_mask)")
+    reset_position_ids: bool = Field(
+        False, description="restart rotary phases at each document (with reset_attention_mask)"
+    )
     num_workers: NonNegativeInt = Field(1, description="threads that read batches ahead; 0 reads in line")
-    accept_change: bool = Field(False, description="on resume, accept a changed mixture: go on from what each source has consumed")
+    accept_change: bool = Field(
+        False, description="on resume, accept a changed mixture: go on from what each source has consumed"
+    )
 
 
 class Freeze(Section):
@@ -100,8 +118,8 @@ class Optimizer(Section):
     lr: PositiveFloat = Field(description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of decay")
     weight_decay: NonNegativeFloat = Field(0.01, description="decoupled decay; norms and biases have none")
-    adam_beta1: Fraction = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    adam_beta2: Fraction = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     adam_eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm limit; 0: none")
     use_distributed_optimizer: bool = Field(False, description="shard optimizer state over data-parallel ranks")
@@ -115,7 +133,7 @@ class Schedule(Section):
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD", "infinite"] = Field(
         "cosine", description="shape after warm-up"
     )
-    lr_warmup_fraction: Fraction | None = Field(None, ge=0, le=1, description="warm-up as a share of lr_decay_iters")
+    lr_warmup_fraction: float | None = Field(None, ge=0, le=1, description="warm-up as a share of lr_decay_iters")
     lr_warmup_iters: NonNegativeInt | None = Field(None, description="warm-up in steps")
     lr_warmup_samples: NonNegativeInt | None = Field(None, description="warm-up in samples")
     lr_warmup_init: NonNegativeFloat = Field(0.0, description="learning rate at which warm-up (or re-warm) begins")

@@ -85,14 +85,19 @@ def _expand(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        matches = [p for p in inside if p.is_file() and IN_A_FOLDER.search(p.name)]
+        matches = [p for p in inside if p.is_file() and IN_A_FOLDER.search(p.name) and not _is_manifest(p)]
         if not matches:
             raise UserError(f"{pattern}: this folder holds no .jsonl, .json, .jsonl.gz, .jsonl.zst or .parquet file")
     else:
-        matches = [p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file()]
+        matches = [p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file() and not _is_manifest(p)]
         if not matches:
             raise UserError(f"{pattern}: no file matches; give an existing file, folder or glob to --input")
     return sorted(matches)
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether this is the manifest of a dataset written into the same folder, rather than text."""
+    return path.suffix == ".json" and path.with_suffix(".idx").exists()
 
 
 class Source:
@@ -140,8 +145,8 @@ class Source:
                     line, accounted = line + lines.count(b"\n") + 1, raw.position
                     held, held_bytes = [rest], len(rest)
             except Damaged as error:
-                last = line - 1 + sum(chunk.count(b"\n") for chunk in held)
-                raise UserError(f"{self.path}: {error} after line {last:,}; fetch or write the file again") from error
+                place = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
+                raise UserError(f"{self.path}: {error} {place}; fetch or write the file again") from error
             rest = b"".join(held)
             if rest:
                 yield Block(str(self.path), line, raw.position - accounted, rest.removesuffix(b"\n"))
@@ -163,8 +168,13 @@ class Source:
                     row += rows
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"{self.path}: not a whole Parquet file, after row {row - 1:,} ({reason})") from error
+            place = _after("row", row - 1)
+            raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
         self._sha256 = sha256_of(self.path)
+
+
+def _after(unit: str, last: int) -> str:
+    return f"after {unit} {last:,}" if last else "at its start"
 
 
 def _values(column: Any) -> list[Any]:

@@ -93,7 +93,9 @@ class IndexedDataset:
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
                 hint = " (give the prefix without the suffix)" if str(prefix).endswith((".bin", ".idx")) else ""
-                raise UserError(f"{path}: no such file; a dataset is a PREFIX with both PREFIX.bin and PREFIX.idx{hint}")
+                raise UserError(
+                    f"{path}: no such file; a dataset is a PREFIX with both PREFIX.bin and PREFIX.idx{hint}"
+                )
         self.dtype, sequences, self._pointers, boundaries = self._read_index()
         self.lengths = self._document_lengths(sequences, boundaries)
         self.tokens = int(self.lengths.sum())
@@ -109,10 +111,14 @@ class IndexedDataset:
         with open(path, "rb") as handle:
             header = handle.read(HEADER.size)
         if len(header) < HEADER.size or header[:9] != MAGIC:
-            raise UserError(f"{path}: not a Megatron index (it does not start with MMIDIDX); preprocess the corpus again")
+            raise UserError(
+                f"{path}: not a Megatron index (it does not start with MMIDIDX); preprocess the corpus again"
+            )
         _, version, code, sequences, boundaries = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
-            raise UserError(f"{path}: index version {version}, dtype code {code} are unknown; preprocess the corpus again")
+            raise UserError(
+                f"{path}: index version {version}, dtype code {code} are unknown; preprocess the corpus again"
+            )
         if np.dtype(DTYPES[code]).kind not in "iu":
             raise UserError(f"{path}: holds {np.dtype(DTYPES[code])} values, which cannot be tokens")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
@@ -131,19 +137,27 @@ class IndexedDataset:
         path, size = idx_path(self.prefix), bin_path(self.prefix).stat().st_size
         pointers = self._pointers
         ends = pointers + lengths.astype(np.int64) * self.dtype.itemsize
-        bad = (lengths < 0) | (pointers < 0) | (pointers % self.dtype.itemsize != 0) | (ends > size)
+        # A pointer near the largest int64 wraps round in `ends`: it is compared by itself.
+        bad = (lengths < 0) | (pointers < 0) | (pointers > size) | (pointers % self.dtype.itemsize != 0) | (ends > size)
         if bad.any():
             first = int(bad.argmax())
             raise UserError(
                 f"{bin_path(self.prefix)}: truncated or foreign: document {first:,} of {len(lengths):,} ends at byte "
                 f"{int(ends[first]):,}, the file has {size:,}; preprocess the corpus again"
             )
-        if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != len(lengths) or (np.diff(boundaries) < 0).any():
+        if (
+            len(boundaries) == 0
+            or boundaries[0] != 0
+            or boundaries[-1] != len(lengths)
+            or (np.diff(boundaries) < 0).any()
+        ):
             raise UserError(f"{path}: its document boundaries do not cover its sequences; preprocess the corpus again")
         if len(boundaries) == len(lengths) + 1 and (np.diff(boundaries) == 1).all():
             return lengths.astype(np.int64)
         if (ends[:-1] != pointers[1:]).any():
-            raise UserError(f"{path}: documents of several sequences must lie back to back; preprocess the corpus again")
+            raise UserError(
+                f"{path}: documents of several sequences must lie back to back; preprocess the corpus again"
+            )
         total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         starts = np.append(pointers, size)[boundaries[:-1]]
         self._pointers = starts

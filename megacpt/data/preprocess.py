@@ -90,7 +90,7 @@ def preprocess(job: Job) -> dict[str, Manifest]:
     encoding = job.encoding
     _check(job)
     sources = [Source(path) for path in find_inputs(job.inputs)]
-    tokenizer = _tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
+    tokenizer = load_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
     if encoding.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"{encoding.tokenizer_model}: this tokenizer names no end-of-document token, which --append-eod needs; "
@@ -105,7 +105,8 @@ def preprocess(job: Job) -> dict[str, Manifest]:
             for key, prefix in zip(encoding.keys, prefixes, strict=True)
         ]
         blocks = (block for source in sources for block in source.blocks(encoding.keys))
-        skipped = _stream(_encoded(blocks, job), outputs, Progress(sum(s.size for s in sources), job.log_interval))
+        progress = Progress(sum(source.size for source in sources), job.log_interval)
+        skipped = _stream(_encoded(blocks, job, tokenizer), outputs, progress)
         inputs = [source.record() for source in sources]
         return _finish(outputs, encoding, tokenizer, inputs, skipped)
 
@@ -115,11 +116,6 @@ def _check(job: Job) -> None:
         raise UserError(f"--workers {job.workers}: there must be at least one")
     if len(set(job.encoding.keys)) != len(job.encoding.keys):
         raise UserError(f"--json-keys {' '.join(job.encoding.keys)}: give each key once")
-
-
-@cache
-def _tokenizer(type_name: str, model: str) -> Tokenizer:
-    return load_tokenizer(type_name, model)
 
 
 def _clear_the_way(prefix: str, overwrite: bool) -> None:
@@ -145,13 +141,12 @@ def _runs(process: int) -> bool:
     return True
 
 
-def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
+def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
     """Parse and encode one block.
 
     Raises:
         UserError: a bad row, unless they are to be skipped.
     """
-    tokenizer = _tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     skipped: Counter[str] = Counter()
     rows = [texts for _, texts in parse_block(block, encoding.keys, skipped if encoding.skip_invalid else None)]
@@ -166,11 +161,18 @@ def encode_block(block: Block, encoding: Encoding) -> EncodedBlock:
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)
 
 
-def _encoded(blocks: Iterable[Block], job: Job) -> Iterator[EncodedBlock]:
+_loaded = cache(load_tokenizer)
+
+
+def _encode_in_worker(block: Block, encoding: Encoding) -> EncodedBlock:
+    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model))
+
+
+def _encoded(blocks: Iterable[Block], job: Job, tokenizer: Tokenizer) -> Iterator[EncodedBlock]:
     """Blocks in their order, encoded here or in `workers` processes."""
     if job.workers == 1:
         for block in blocks:
-            yield encode_block(block, job.encoding)
+            yield encode_block(block, job.encoding, tokenizer)
         return
     import multiprocessing
 
@@ -179,7 +181,7 @@ def _encoded(blocks: Iterable[Block], job: Job) -> Iterator[EncodedBlock]:
     with ProcessPoolExecutor(job.workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             for block in blocks:
-                pending.append(pool.submit(encode_block, block, job.encoding))
+                pending.append(pool.submit(_encode_in_worker, block, job.encoding))
                 if len(pending) >= BLOCKS_PER_WORKER * job.workers:
                     yield pending.popleft().result()
             while pending:
@@ -265,8 +267,8 @@ def _finish(
             write_index(output.prefix, dtype, lengths[lengths > 0], documents)
             write_manifest(output.prefix, manifests[output.prefix])
     except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
+        for path in filter(Path.is_file, written):
+            path.unlink()
         raise
     return manifests
 

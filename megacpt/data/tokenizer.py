@@ -111,8 +111,9 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json, run by the `tokenizers` library alone.
 
-    tokenizer_config.json and special_tokens_map.json beside it are read for what transformers takes from them: which
-    token ends a document, which tokens are special, and `add_bos_token` / `add_eos_token`.
+    tokenizer_config.json and special_tokens_map.json beside it say which token ends a document and which tokens are
+    special. A text is framed by the file's own post-processor; `add_bos_token` in the config changes nothing, as in
+    transformers 5.
     """
 
     type = "HuggingFaceTokenizer"
@@ -140,7 +141,6 @@ class HuggingFaceTokenizer:
         ids = {_unhide(token): i for token, i in self._encoder.get_vocab(with_added_tokens=True).items()}
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.eod_id = _end_of_document(path, settings, specials, ids)
-        _frame(self._encoder, settings, ids)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return self.encode_batch([text], add_special_tokens)[0]
@@ -236,18 +236,3 @@ def _end_of_document(path: Path, settings: dict[str, Any], specials: set[str], i
         return ids[declared]
     usual = [token for token in END_OF_DOCUMENT if token in specials and token in ids]
     return ids[usual[0]] if len(usual) == 1 else None
-
-
-def _frame(encoder: Any, settings: dict[str, Any], ids: dict[str, int]) -> None:
-    """Let explicit add_bos_token / add_eos_token replace the file's own post-processor, as transformers does."""
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return
-    from tokenizers import processors
-
-    frame = {}
-    for name in ("bos", "eos"):
-        token = _spelling(settings.get(f"{name}_token"))
-        if settings.get(f"add_{name}_token") and token in ids:
-            frame[name.upper()] = ids[token]
-    single = " ".join(part for part in ("BOS", "$A", "EOS") if part == "$A" or part in frame)
-    encoder.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(frame.items()))

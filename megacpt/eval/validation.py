@@ -29,7 +29,9 @@ def evaluate(
     reads = stage_reads_batches(documents)
     for start in range(0, len(eval_set), layout.global_batch_size):
         span = range(start, start + layout.global_batch_size)
-        batches = list(micro_batches(eval_set, layout, span, documents=documents)) if reads else [{}] * layout.micro_batches
+        batches = (
+            list(micro_batches(eval_set, layout, span, documents=documents)) if reads else [{}] * layout.micro_batches
+        )
         totals += run_batches(chunks, batches, 1, (layout.micro_batch_size, seq_length), train=False)[:, 0].cpu()
     for chunk in chunks:
         chunk.train()

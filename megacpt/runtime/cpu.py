@@ -123,10 +123,10 @@ def redirect_cuda() -> None:
         return
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.to = _tensor_to(torch.Tensor.to)  # type: ignore[method-assign]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]
 
     def current_device() -> torch.device:
         return CPU

@@ -26,5 +26,6 @@ def versions() -> dict[str, str]:
 def describe_device(device: torch.device, threads: int) -> str:
     """One line: the GPU, or the CPU with its threads."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)} ({memory / 2**30:.0f} GiB)"
     return f"CPU, {threads} thread{'s' if threads > 1 else ''} per rank (CUDA calls of megatron-core redirected)"

@@ -65,7 +65,7 @@ def world_size_from_environment() -> int:
 
 
 def quiet_third_parties() -> None:
-    """Drop warnings that say nothing to a user of megacpt: optional packages absent, GPTModel's successor, RNG notes."""
+    """Drop warnings that say nothing to a user: optional packages absent, GPTModel's successor, deprecations."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", module=r"torch\.distributed\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)

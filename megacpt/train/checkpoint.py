@@ -1,8 +1,8 @@
 """Checkpoints in Megatron's layout: `checkpoints/iter_0000500/` (torch_dist) and `latest_checkpointed_iteration.txt`.
 
 A checkpoint is written under a hidden name and renamed when it is whole; only then does the tracker point to it. What a
-kill leaves behind is removed at the next start. `megacpt.json` inside says what the run was: iteration, consumed samples,
-mixture, vocabulary, shape, layout.
+kill leaves behind is removed at the next start. `megacpt.json` inside says what the run was: iteration, consumed
+samples, mixture, vocabulary, shape, layout.
 """
 
 import json
@@ -110,7 +110,12 @@ def _model_state(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    root: Path, state: TrainState, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, config_text: str, keep_last: int | None
+    root: Path,
+    state: TrainState,
+    chunks: Sequence[LlamaModel],
+    optimizer: MegatronOptimizer,
+    config_text: str,
+    keep_last: int | None,
 ) -> Path:
     """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
 

@@ -24,7 +24,14 @@ from megacpt.model.gpt import LlamaModel
 from megacpt.model.init import draw_weights
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
-from megacpt.train.checkpoint import TrainState, find_checkpoint, load_all, load_weights, remove_partial, save_checkpoint
+from megacpt.train.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_all,
+    load_weights,
+    remove_partial,
+    save_checkpoint,
+)
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
@@ -96,8 +103,8 @@ class Job:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"iteration {self.progress.iteration}: the {what} is {value}; resume from the last checkpoint with a lower "
-                "optimizer.lr or a longer warm-up, or look at the data of this step"
+                f"iteration {self.progress.iteration}: the {what} is {value}; resume from the last checkpoint with a "
+                "lower optimizer.lr or a longer warm-up, or look at the data of this step"
             )
 
     def log_step(self, lr: float, grad_norm: float) -> None:
@@ -144,7 +151,9 @@ class Job:
         began = time.perf_counter()
         documents = self.plan.config.data.reset_attention_mask
         for name, eval_set in self.plan.eval_sets.items():
-            result = evaluate(self.wrapped, eval_set, self.batch_layout, self.plan.config.data.seq_length, documents=documents)
+            result = evaluate(
+                self.wrapped, eval_set, self.batch_layout, self.plan.config.data.seq_length, documents=documents
+            )
             if self.log is not None:
                 consumed = self.progress.iteration * self.plan.mixture.global_batch_size
                 self.log.validation(
@@ -165,7 +174,12 @@ class Job:
         began = time.perf_counter()
         root = Path(self.plan.config.save.dir) / "checkpoints"
         folder = save_checkpoint(
-            root, self._state(), self.chunks, self.optimizer, dump_config(self.plan.config), self.plan.config.save.keep_last
+            root,
+            self._state(),
+            self.chunks,
+            self.optimizer,
+            dump_config(self.plan.config),
+            self.plan.config.save.keep_last,
         )
         seconds = time.perf_counter() - began
         self.progress.interval_began += seconds
@@ -203,7 +217,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     """
     config = plan.config
     options = BuildOptions(plan.dtype, config.data.reset_position_ids)
-    chunks = build_chunks(plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options)
+    chunks = build_chunks(
+        plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
+    )
     if plan.resume is None:
         _initial_weights(plan, chunks)
     freeze_layers(chunks, config.train.freeze)
@@ -212,7 +228,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     if plan.resume is not None:
         load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
     data_rank = parallel_state.get_data_parallel_rank()
-    batch_layout = BatchLayout(config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data)
+    batch_layout = BatchLayout(
+        config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
+    )
     return Job(
         plan=plan,
         rank=rank,
@@ -233,7 +251,9 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
         return
     folder = find_checkpoint(init.checkpoint)
     if folder is None:
-        raise UserError(f"init.checkpoint {init.checkpoint}: no checkpoint there; name a checkpoints or an iter_* folder")
+        raise UserError(
+            f"init.checkpoint {init.checkpoint}: no checkpoint there; name a checkpoints or an iter_* folder"
+        )
     load_weights(folder, chunks)
 
 
@@ -253,7 +273,11 @@ def _progress(plan: Plan) -> Progress:
         return Progress(0, torch.zeros(len(names), dtype=torch.long), torch.zeros(2, len(names), dtype=torch.float64))
     state = plan.resume.state
     same_sources = list(state.mixture["sources"]) == names
-    interval = torch.tensor(state.interval["sums"], dtype=torch.float64) if same_sources else torch.zeros(2, len(names)).double()
+    interval = (
+        torch.tensor(state.interval["sums"], dtype=torch.float64)
+        if same_sources
+        else torch.zeros(2, len(names)).double()
+    )
     return Progress(
         iteration=state.iteration,
         tokens=torch.tensor([state.tokens_by_source.get(name, 0) for name in names]),

@@ -1,10 +1,10 @@
-"""Where a run's numbers go: metrics.jsonl (the truth), Megatron's log line, TensorBoard and W&B (made from the truth)."""
+"""Where a run's numbers go: metrics.jsonl (the truth), Megatron's log line, TensorBoard and W&B (made from it)."""
 
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,11 @@ def train_line(row: Row, total: int) -> str:
         f"learning rate: {row['learning_rate']:.6E}",
         f"global batch size: {row['global_batch_size']:5d}",
         f"lm loss: {row['lm_loss']:.6E}",
-        *(f"{name} loss: {loss:.6E}" for name, loss in row["loss_by_source"].items() if len(row["tokens_by_source"]) > 1),
+        *(
+            f"{name} loss: {loss:.6E}"
+            for name, loss in row["loss_by_source"].items()
+            if len(row["tokens_by_source"]) > 1
+        ),
         "loss scale: 1.0",
         f"grad norm: {row['grad_norm']:.3f}",
         f"number of skipped iterations: {row['skipped_iterations']:3d}",
@@ -69,7 +73,12 @@ def scalars(row: Row) -> dict[str, float]:
     """TensorBoard's tags for a row, in Megatron's names; those with ` vs samples` are drawn over samples."""
     if "validation" in row:
         tag = f"lm loss validation-{row['validation']}"
-        return {tag: row["loss"], f"{tag} ppl": row["ppl"], f"{tag} vs samples": row["loss"], f"{tag} ppl vs samples": row["ppl"]}
+        return {
+            tag: row["loss"],
+            f"{tag} ppl": row["ppl"],
+            f"{tag} vs samples": row["loss"],
+            f"{tag} ppl vs samples": row["ppl"],
+        }
     values = {
         "lm loss": row["lm_loss"],
         "lm loss vs samples": row["lm_loss"],
@@ -96,13 +105,15 @@ class MetricsLog:
         UserError: the folder cannot be written, or W&B is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, iteration: int, total: int, *, tensorboard: bool, wandb_project: str | None) -> None:
+    def __init__(
+        self, folder: Path, iteration: int, total: int, *, tensorboard: bool, wandb_project: str | None
+    ) -> None:
         self.total = total
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["iteration"] <= iteration] if iteration else []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._metrics = open(self.path, "a", encoding="utf-8")
-        self._text = open(folder / "train.log", "a", encoding="utf-8")
+        self._metrics = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._text = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = _summary_writer(folder / "tensorboard") if tensorboard else None
         self._wandb = _wandb_run(wandb_project, folder) if wandb_project else None
         for row in kept:
@@ -135,7 +146,9 @@ class MetricsLog:
         if self._tensorboard is None:
             return
         for tag, value in scalars(row).items():
-            self._tensorboard.add_scalar(tag, value, row["consumed_samples" if tag.endswith(" vs samples") else "iteration"])
+            self._tensorboard.add_scalar(
+                tag, value, row["consumed_samples" if tag.endswith(" vs samples") else "iteration"]
+            )
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -157,7 +170,9 @@ def _wandb_run(project: str, folder: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key") from error
+        raise UserError(
+            "logging.wandb_project is set, but wandb is not installed; install it or unset the key"
+        ) from error
     return wandb.init(project=project, dir=str(folder), name=folder.name)
 
 
@@ -165,8 +180,3 @@ def mfu(tflops_per_rank: float, device_name: str) -> float | None:
     """Share of the device's dense bf16 peak; None where the peak is not known."""
     peak = next((peak for name, peak in PEAK_BF16_TFLOPS.items() if name in device_name), None)
     return None if peak is None else tflops_per_rank / peak
-
-
-def named(values: Mapping[str, float] | list[float], names: list[str]) -> dict[str, float]:
-    """A list in the order of sources as a dict by name."""
-    return dict(zip(names, values, strict=True))

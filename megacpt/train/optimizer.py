@@ -26,7 +26,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "fp32_param"
 
 
-def wrap_chunks(chunks: Sequence[LlamaModel], optimizer: Optimizer, precision: Precision) -> list[DistributedDataParallel]:
+def wrap_chunks(
+    chunks: Sequence[LlamaModel], optimizer: Optimizer, precision: Precision
+) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and reduction over data-parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
@@ -47,7 +49,9 @@ def wrap_chunks(chunks: Sequence[LlamaModel], optimizer: Optimizer, precision: P
     return wrapped
 
 
-def build_optimizer(wrapped: list[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
+) -> MegatronOptimizer:
     """AdamW with decoupled weight decay (none on norms), fp32 main parameters and clipping by global norm."""
     config = OptimizerConfig(
         optimizer="adam",
@@ -98,7 +102,9 @@ def _allocate(part: MegatronOptimizer) -> None:
         part.init_state_fn(part.optimizer, part.config)
 
 
-def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool) -> list[dict[int, dict[str, Any]]]:
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
+) -> list[dict[int, dict[str, Any]]]:
     """Per part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, fp32_param (bf16 only): sharded tensor}.
 
     Args:
@@ -120,7 +126,9 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str,
             if main is not model:
                 tensors[MAIN] = main.data
             shard = by_parameter[id(model)]
-            entries[number] = {k: make_sharded_optimizer_tensor(shard, t, f"optimizer.state.{k}") for k, t in tensors.items()}
+            entries[number] = {
+                k: make_sharded_optimizer_tensor(shard, t, f"optimizer.state.{k}") for k, t in tensors.items()
+            }
         state.append(entries)
     return state
 

@@ -168,7 +168,9 @@ def _find_resume(config: Config) -> Resume | None:
         return None
     state = read_state(folder)
     if state is None:
-        raise UserError(f"{folder}: not written by megacpt; choose another save.dir and start with init.checkpoint={folder}")
+        raise UserError(
+            f"{folder}: not written by megacpt; choose another save.dir and start with init.checkpoint={folder}"
+        )
     return Resume(folder, state)
 
 
@@ -179,8 +181,8 @@ def _check_identity(plan: Plan) -> None:
     for key in new:
         if old.get(key) != new[key]:
             raise UserError(
-                f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or choose "
-                "another save.dir and start from these weights with init.checkpoint"
+                f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
+                "choose another save.dir and start from these weights with init.checkpoint"
             )
 
 

@@ -6,7 +6,7 @@ from megacpt.train.job import Job
 
 
 def announce(job: Job) -> None:
-    """Say what is active, how ranks are divided, which class fills each slot, what will be read, and where it goes on."""
+    """Say what is active, how ranks are divided, which class fills each slot, what is read and where it goes on."""
     plan, log = job.plan, job.log
     assert log is not None
     layout, architecture = plan.layout, plan.architecture
@@ -20,8 +20,8 @@ def announce(job: Job) -> None:
         f"{'on' if plan.config.optimizer.use_distributed_optimizer else 'off'}"
     )
     log.say(
-        f"model: {architecture.parameters:,} parameters, {architecture.num_layers} layers of {architecture.hidden_size}, "
-        f"vocabulary {architecture.vocab_size:,}"
+        f"model: {architecture.parameters:,} parameters, {architecture.num_layers} layers of "
+        f"{architecture.hidden_size}, vocabulary {architecture.vocab_size:,}"
     )
     for slot, name in slot_classes(job.chunks[0]).items():
         log.say(f"  {slot:<18} {name}")
@@ -36,6 +36,6 @@ def announce(job: Job) -> None:
         log.say(f"resuming from {plan.resume.folder}")
         if plan.resume.state.layout["threads"] != job.rank.threads:
             log.say(
-                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, {job.rank.threads} go "
-                "on: sums may round differently (runtime.threads sets them)"
+                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, {job.rank.threads} "
+                "go on: sums may round differently (runtime.threads sets them)"
             )

@@ -1,0 +1,45 @@
+# syntax=docker/dockerfile:1
+# On NVIDIA's PyTorch image, whose torch, Transformer Engine, apex, flash-attn and NCCL belong together and stay as is.
+# Not built by the tests.
+#
+#   docker build -t megacpt .
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/megacpt/runs" -it megacpt
+
+ARG IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
+FROM ${IMAGE}
+
+WORKDIR /megacpt
+COPY . .
+
+# The dependencies of pyproject.toml without torch. What the image already has it keeps (its own PIP_CONSTRAINT stays in
+# force); the rest comes at the versions of constraints.txt. megatron-core goes in alone, since it would ask for torch.
+RUN <<'SCRIPT' bash -euo pipefail
+python - <<'PYTHON'
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+
+def name(line):
+    return re.split(r"[^\w.-]", line, maxsplit=1)[0].lower().replace("_", "-")
+
+
+held = {name(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+pins = [line for line in Path("constraints.txt").read_text().splitlines() if "==" in line]
+wanted = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+wanted = [line for line in wanted if name(line) not in ("torch", "megatron-core")]
+Path("/tmp/wanted.txt").write_text("\n".join(wanted))
+Path("/tmp/pins.txt").write_text("\n".join(line for line in pins if name(line) not in held))
+Path("/tmp/core.txt").write_text("\n".join(line for line in pins if name(line) == "megatron-core"))
+PYTHON
+before=$(python -c 'import torch; print(torch.__version__)')
+pip install --no-cache-dir -c /tmp/pins.txt -r /tmp/wanted.txt
+pip install --no-cache-dir --no-deps -r /tmp/core.txt
+pip install --no-cache-dir --no-deps --no-build-isolation -e .
+[[ $(python -c 'import torch; print(torch.__version__)') == "$before" ]]
+python -c 'import megacpt, megacpt_kernels, megatron.core'
+SCRIPT
+
+ENV CUDA_DEVICE_MAX_CONNECTIONS=1
+CMD ["bash"]

@@ -1,0 +1,186 @@
+"""The real command line, as a user runs it."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megacpt.data.indexed import IndexedDataset
+from megacpt.data.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "preprocess.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+GOOD = '{"text": "the first words"}\n{"text": "and the last"}\n'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with with_eod.model and without_eod.model (SentencePiece)."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, eos in (("with_eod", 2), ("without_eod", -1)):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the first and the last words of a document"] * 50),
+            model_writer=model,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            eos_id=eos,
+            minloglevel=2,
+        )
+        (folder / f"{name}.model").write_bytes(model.getvalue())
+    return folder
+
+
+def command(folder, models, *inputs, prefix="out", model="with_eod.model", options=()):
+    paths = [str(path) for path in inputs]
+    line = [sys.executable, str(TOOL), "--input", *paths, "--output-prefix", str(folder / prefix), "--append-eod"]
+    kind = "SentencePieceTokenizer"
+    return [*line, "--tokenizer-type", kind, "--tokenizer-model", str(models / model), *options]
+
+
+def run(line, **options):
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options)
+
+
+def outputs(folder):
+    return sorted(path.name for path in folder.iterdir() if "out" in path.name)
+
+
+def assert_refused(done, *words):
+    assert done.returncode == 2, done
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_run(tmp_path, models):
+    (tmp_path / "a.jsonl").write_text(GOOD + "{bad\n")
+    done = run(command(tmp_path, models, tmp_path / "a.jsonl", options=["--skip-invalid"]))
+    assert done.returncode == 0, done.stderr
+    assert outputs(tmp_path) == [f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+    dataset, manifest = IndexedDataset(tmp_path / "out_text_document"), read_manifest(tmp_path / "out_text_document")
+    assert len(dataset) == 2
+    assert manifest.skipped == {"invalid_json": 1}
+    assert f"2 documents (0 empty), {dataset.tokens} tokens, uint16; skipped rows: 1 invalid_json" in done.stdout
+    assert [int(dataset.read(i)[-1]) for i in range(2)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", GOOD.encode() + b"{bad\n", ["a.jsonl:3", "invalid JSON"]),
+        ("a.jsonl", b'{"txt": "a"}\n', ["a.jsonl:1", "no key 'text'"]),
+        ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "not a string"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "invalid UTF-8"]),
+        ("a.jsonl", b"", ["the corpus is empty"]),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 500)[:-9], ["a.jsonl.gz", "truncated after line 1,000"]),
+        ("a.jsonl.gz", GOOD.encode(), ["a.jsonl.gz", "damaged"]),
+        ("a.jsonl.zst", GOOD.encode(), ["a.jsonl.zst", "damaged"]),
+        ("a.parquet", GOOD.encode(), ["a.parquet", "damaged Parquet"]),
+        ("a.txt", GOOD.encode(), ["a.txt", "unknown kind"]),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, models, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    assert_refused(run(command(tmp_path, models, tmp_path / name)), *words)
+    assert outputs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inputs": ["none*.jsonl"]}, ["no file matches"]),
+        ({"model": "without_eod.model"}, ["without_eod.model", "--append-eod"]),
+        ({"model": "nowhere.model"}, ["nowhere.model", "no such tokenizer file"]),
+        ({"prefix": "a.jsonl/out"}, ["a.jsonl/out_text_document.bin", "choose another place"]),
+        ({"options": ["--workers", "0"]}, ["--workers 0"]),
+        ({"options": ["--json-keys", "text", "text"]}, ["give each key once"]),
+        ({"options": ["--tokenizer-type", "HuggingFaceTokenizer"]}, ["not a Hugging Face tokenizer.json"]),
+    ],
+)
+def test_a_bad_command_is_refused(tmp_path, models, changes, words):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    inputs = changes.pop("inputs", ["a.jsonl"])
+    assert_refused(run(command(tmp_path, models, *(tmp_path / name for name in inputs), **changes)), *words)
+    assert outputs(tmp_path) == []
+
+
+def test_disk_full(tmp_path, models):
+    small = tmp_path / "small"
+    small.mkdir()
+    (tmp_path / "a.jsonl").write_text(GOOD * 40_000)
+    line = command(small, models, tmp_path / "a.jsonl")
+    script = 'mount -t tmpfs -o size=256k none "$0" && "$@"; code=$?; ls -A "$0"; exit $code'
+    if shutil.which("unshare") is None or run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", small]).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    assert_refused(run(["unshare", "-rm", "sh", "-c", script, small, *line]), "the disk is full")
+
+
+def test_nothing_heavy_is_imported(tmp_path, models):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    line = command(tmp_path, models, tmp_path / "a.jsonl")
+    script = (
+        "import runpy, sys\nsys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end: assert end.code == 0\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = run([sys.executable, "-c", script, *line[1:]])
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.splitlines()[-1].split())
+    assert "megacpt.data.preprocess" in imported
+    assert not imported & {"torch", "transformers", "megatron", "pyarrow", "tqdm"}
+
+
+def start_long_run(folder, models):
+    """A run of two workers over enough text to be caught in the middle; its process and its workers."""
+    (folder / "a.jsonl").write_text((json.dumps({"text": "the first and the last words " * 300}) + "\n") * 6_000)
+    line = command(folder, models, folder / "a.jsonl", options=["--workers", "2"])
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob(".out*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    return line, process, workers
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks up processes in /proc")
+def test_kill_9_leaves_nothing_finished_and_the_same_command_works(tmp_path, models):
+    line, process, workers = start_long_run(tmp_path, models)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (left,) = outputs(tmp_path)
+    assert left.endswith(".partial")
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < end, "the workers outlive the run"
+        time.sleep(0.05)
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    assert outputs(tmp_path) == [f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks up processes in /proc")
+def test_a_killed_worker_ends_the_run(tmp_path, models):
+    _, process, workers = start_long_run(tmp_path, models)
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith("error: a worker process was killed")
+    assert outputs(tmp_path) == []
