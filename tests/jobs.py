@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megacpt.train.job import Job, build_job
 from megacpt.train.plan import make_plan
 
 Section = Mapping[str, Any]
+NOTHING: Section = MappingProxyType({})
 VOCABULARY = 500
 SHAPE: Section = {
     "num_layers": 4,
@@ -36,13 +38,14 @@ SEQ_LENGTH = 24
 def write_corpus(prefix: Path, vocab_size: int = VOCABULARY, documents: int = 60, seed: int = 0) -> None:
     """Documents of 5 to 60 tokens, each a walk of constant stride, so that there is something to learn."""
     rng = np.random.default_rng(seed)
-    lengths, firsts, strides = rng.integers(5, 60, documents), rng.integers(0, vocab_size, documents), rng.integers(1, 9, documents)
-    walks = ((np.arange(n) * stride + first) % vocab_size for n, first, stride in zip(lengths, firsts, strides, strict=True))
+    draws = ((5, 60), (0, vocab_size), (1, 9))
+    shapes = zip(*(rng.integers(low, high, documents) for low, high in draws), strict=True)
+    walks = ((np.arange(length) * stride + first) % vocab_size for length, first, stride in shapes)
     write_dataset(prefix, np.dtype(np.uint16), (walk.astype(np.uint16) for walk in walks))
 
 
-def small_config(folder: Path, model: Section = {}, **sections: Section) -> Config:
-    """10 steps of 8 samples in micro-batches of 2, fp32, on a corpus of the model's vocabulary that is kept in `folder`.
+def small_config(folder: Path, model: Section = NOTHING, **sections: Section) -> Config:
+    """10 steps of 8 samples in micro-batches of 2, fp32, on a corpus that is kept in `folder`.
 
     Adam's epsilon is far above rounding errors of gradients: with the usual 1e-8, a parameter with next to no gradient
     moves a whole learning rate in a direction that rounding decides, and no two layouts agree better than 1e-5.
@@ -81,10 +84,24 @@ def step(job: Job) -> tuple[float, float]:
     return loss / tokens, grad_norm
 
 
-def train_steps(config: Config) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step of a run, on this rank."""
+def steps_to(config: Config, iteration: int, *, save: bool = False) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step of a run, from where it stands to `iteration`; optionally a checkpoint."""
     job = start(config)
-    return [step(job) for _ in range(job.plan.last_iteration)]
+    history = [step(job) for _ in range(job.progress.iteration, iteration)]
+    if save:
+        job.save()
+    return history
+
+
+def steps_then_save(config: Config, iteration: int) -> list[tuple[float, float]]:
+    """`steps_to`, and a checkpoint at its end."""
+    return steps_to(config, iteration, save=True)
+
+
+def train_steps(config: Config) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step of a whole run of `train.train_iters`."""
+    assert config.train.train_iters is not None
+    return steps_to(config, config.train.train_iters)
 
 
 def relative_difference(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:

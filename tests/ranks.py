@@ -16,7 +16,9 @@ PRELOAD = ["tests.preload"]
 TIMEOUT_S = 300.0
 
 
-def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, out: Connection) -> None:
+def _rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, out: Connection
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     import torch.distributed as dist
 
@@ -36,8 +38,8 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, w
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     """Call `function(*arguments)` on `world` fresh processes that share a gloo group; results by rank.
 
-    The function must be importable (module level) and its results picklable. Processes are forked from a server that has
-    imported torch and megatron-core once. A failure on any rank fails the test with that rank's traceback.
+    The function must be importable (module level) and its results picklable. Processes are forked from a server that
+    has imported torch and megatron-core once. A failure on any rank fails the test with that rank's traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import Section, relative_difference, small_config, train_steps
+from tests.jobs import NOTHING, Section, relative_difference, small_config, train_steps
 from tests.ranks import run_ranks
 
 TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -28,7 +28,7 @@ def reference(folder: Path, *model: tuple[str, Any]) -> list[tuple[float, float]
     return run_ranks(train_steps, 1, small_config(folder, dict(model)))[0]
 
 
-def check(folder: Path, world: int, model: Section, layout: Section, optimizer: Section = {}) -> None:
+def check(folder: Path, world: int, model: Section, layout: Section, optimizer: Section = NOTHING) -> None:
     """Every rank reports what one rank alone computes."""
     expected = reference(folder, *model.items())
     results = run_ranks(train_steps, world, small_config(folder, {**model, **layout}, optimizer=optimizer))
