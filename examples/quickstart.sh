@@ -32,3 +32,19 @@ done
 
 torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_base.yaml
 torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_cpt.yaml
+
+python - "$run" <<'SUMMARY'
+import json
+import sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+rows = [json.loads(line) for line in (run / "cpt/metrics.jsonl").read_text().splitlines()]
+print("\ncontinual pre-training, held-out loss (first, highest, last):")
+for name in dict.fromkeys(row["validation"] for row in rows if "validation" in row):
+    curve = [row for row in rows if row.get("validation") == name]
+    top = max(curve, key=lambda row: row["loss"])
+    print(f"  {name:8} {curve[0]['loss']:.3f}  {top['loss']:.3f} (step {top['iteration']})  {curve[-1]['loss']:.3f}")
+for what in ("data", "tokenizer.model", "base/checkpoints", "cpt/checkpoints", "cpt/metrics.jsonl"):
+    print(f"{run / what}")
+SUMMARY

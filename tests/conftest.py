@@ -1,4 +1,4 @@
-"""What several test files share: the folder of real text, and tools loaded as modules."""
+"""What several test files share: the folder of real text, tools loaded as modules, no time limit on examples."""
 
 import importlib.util
 import os
@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +26,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def load_tool() -> Callable[[str], ModuleType]:
-    """Import tools/NAME.py without putting the repository on sys.path, where kernels/ would hide another package."""
+    """Import tools/NAME.py, which belongs to no package, under a name that hides nobody's."""
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"megacpt_tool_{name}", REPOSITORY / "tools" / f"{name}.py")

@@ -79,7 +79,8 @@ def test_the_tree_lists_everything_once(readme: str) -> None:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     tracked = [name for name in output.split("\0") if name and (REPOSITORY / name).exists()]
     entries = tree_entries(tree_block(readme))
-    assert sorted(expected_entries(tracked) - set(entries)) == [], "missing from the tree in README.md"
+    missing = sorted(expected_entries(tracked) - set(entries))
+    assert not missing, "the tree in README.md lacks: " + ", ".join(missing)
     assert len(entries) == len(set(entries))
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-ModelFields = Mapping[str, int | float | bool | None]
+ModelFields = Mapping[str, Any]  # int, float, bool or None, by Megatron's name
 
 
 def _llama(
@@ -16,7 +17,7 @@ def _llama(
     **rest: float | None,
 ) -> ModelFields:
     """One shape; `heads` is (query heads, key-value heads), `rest` what differs from Llama 2's defaults."""
-    shape: dict[str, int | float | bool | None] = {
+    shape: dict[str, Any] = {
         "num_layers": layers,
         "hidden_size": hidden,
         "ffn_hidden_size": ffn,

@@ -44,13 +44,13 @@ class Manifest:
 
     megacpt_version: str
     inputs: list[InputFile]
-    json_key: str
     tokenizer: TokenizerInfo
     append_eod: bool
-    documents: int
-    tokens: int
-    empty_documents: int
     dtype: str
+    json_key: str = ""
+    documents: int = 0
+    tokens: int = 0
+    empty_documents: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     format: str = FORMAT
 

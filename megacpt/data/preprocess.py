@@ -15,19 +15,19 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from megacpt import __version__
 from megacpt.data.documents import Block, Source, find_inputs, parse_block
-from megacpt.data.indexed import bin_path, idx_path, token_dtype, write_index
-from megacpt.data.manifest import InputFile, Manifest, TokenizerInfo, manifest_path, write_manifest
+from megacpt.data.indexed import bin_path, token_dtype
+from megacpt.data.manifest import Manifest, TokenizerInfo
+from megacpt.data.outputs import Output, clear_the_way, finish
 from megacpt.data.progress import Progress, Totals
 from megacpt.data.tokenizer import Tokenizer, load_tokenizer
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, disk_errors
+from megacpt.files import atomic_write
 
 BLOCKS_PER_WORKER = 3
 """Blocks read ahead for each process: enough to keep it busy, few enough to bound memory."""
@@ -67,16 +67,6 @@ class EncodedBlock:
     text: int
 
 
-@dataclass
-class Output:
-    """One key's dataset in the making: its open `.bin` and the tokens of each document so far (int32)."""
-
-    key: str
-    prefix: str
-    handle: IO[bytes]
-    lengths: array
-
-
 def preprocess(job: Job) -> dict[str, Manifest]:
     """Encode the inputs; write one dataset a key, `OUTPUT_PREFIX_<key>_document`, and return prefix -> manifest.
 
@@ -90,15 +80,10 @@ def preprocess(job: Job) -> dict[str, Manifest]:
     encoding = job.encoding
     _check(job)
     sources = [Source(path) for path in find_inputs(job.inputs)]
-    tokenizer = load_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
-    if encoding.append_eod and tokenizer.eod_id is None:
-        raise UserError(
-            f"{encoding.tokenizer_model}: this tokenizer names no end-of-document token, which --append-eod needs; "
-            "declare eos_token in tokenizer_config.json beside it, or drop --append-eod"
-        )
+    tokenizer = _open_tokenizer(encoding)
     prefixes = [f"{job.output_prefix}_{key}_document" for key in encoding.keys]
     for prefix in prefixes:
-        _clear_the_way(prefix, job.overwrite)
+        clear_the_way(prefix, job.overwrite)
     with ExitStack() as stack:
         outputs = [
             Output(key, prefix, stack.enter_context(atomic_write(bin_path(prefix))), array("i"))
@@ -107,8 +92,15 @@ def preprocess(job: Job) -> dict[str, Manifest]:
         blocks = (block for source in sources for block in source.blocks(encoding.keys))
         progress = Progress(sum(source.size for source in sources), job.log_interval)
         skipped = _stream(_encoded(blocks, job, tokenizer), outputs, progress)
-        inputs = [source.record() for source in sources]
-        return _finish(outputs, encoding, tokenizer, inputs, skipped)
+        common = Manifest(
+            megacpt_version=__version__,
+            inputs=[source.record() for source in sources],
+            tokenizer=TokenizerInfo(tokenizer.type, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id),
+            append_eod=encoding.append_eod,
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            skipped=dict(sorted(skipped.items())),
+        )
+        return finish(outputs, common)
 
 
 def _check(job: Job) -> None:
@@ -118,27 +110,14 @@ def _check(job: Job) -> None:
         raise UserError(f"--json-keys {' '.join(job.encoding.keys)}: give each key once")
 
 
-def _clear_the_way(prefix: str, overwrite: bool) -> None:
-    """Refuse to replace a dataset unasked; remove temporary files of runs that were killed."""
-    existing = [str(path) for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)) if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)}: exists already; pass --overwrite or choose another --output-prefix")
-    for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
-        for partial in path.parent.glob(f".{path.name}.*.partial"):
-            owner = partial.name.split(".")[-2]
-            if owner.isdigit() and not _runs(int(owner)):
-                with disk_errors(partial):
-                    partial.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _open_tokenizer(encoding: Encoding) -> Tokenizer:
+    tokenizer = load_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
+    if encoding.append_eod and tokenizer.eod_id is None:
+        raise UserError(
+            f"{encoding.tokenizer_model}: this tokenizer names no end-of-document token, which --append-eod needs; "
+            "declare eos_token in tokenizer_config.json beside it, or drop --append-eod"
+        )
+    return tokenizer
 
 
 def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
@@ -161,6 +140,7 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)
 
 
+# A worker process opens the tokenizer once, at its first block.
 _loaded = cache(load_tokenizer)
 
 
@@ -195,12 +175,14 @@ def _encoded(blocks: Iterable[Block], job: Job, tokenizer: Tokenizer) -> Iterato
 
 
 def _end_with_parent() -> None:
-    """Make a worker end when the main process is killed, instead of waiting for work for ever."""
+    """Make a worker end when the main process is killed, and leave Ctrl-C to the main process."""
     import multiprocessing
+    import signal
     from multiprocessing.connection import wait
 
     parent = multiprocessing.parent_process()
     assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch(sentinel: int) -> None:
         wait([sentinel])
@@ -225,53 +207,3 @@ def _stream(encoded: Iterator[EncodedBlock], outputs: Sequence[Output], progress
             done.text += block.text
             progress.update(done)
     return skipped
-
-
-def _finish(
-    outputs: Sequence[Output],
-    encoding: Encoding,
-    tokenizer: Tokenizer,
-    inputs: list[InputFile],
-    skipped: Counter[str],
-) -> dict[str, Manifest]:
-    """Write index and manifest of each key while its `.bin` still has its temporary name."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    info = TokenizerInfo(tokenizer.type, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
-    manifests: dict[str, Manifest] = {}
-    for output in outputs:
-        lengths = np.frombuffer(output.lengths, dtype=np.int32)
-        if not lengths.any():
-            why = f" ({_counts(skipped)} skipped)" if skipped else ""
-            raise UserError(f"the corpus is empty: no document has any text under {output.key!r}{why}; check --input")
-        output.handle.flush()
-        os.fsync(output.handle.fileno())
-        manifests[output.prefix] = Manifest(
-            megacpt_version=__version__,
-            inputs=inputs,
-            json_key=output.key,
-            tokenizer=info,
-            append_eod=encoding.append_eod,
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            empty_documents=int((lengths == 0).sum()),
-            dtype=dtype.name,
-            skipped=dict(sorted(skipped.items())),
-        )
-    written: list[Path] = []
-    try:
-        for output in outputs:
-            bin_path(output.prefix).unlink(missing_ok=True)
-            lengths = np.frombuffer(output.lengths, dtype=np.int32)
-            documents = np.concatenate([[0], np.cumsum(lengths > 0)])
-            written += [idx_path(output.prefix), manifest_path(output.prefix)]
-            write_index(output.prefix, dtype, lengths[lengths > 0], documents)
-            write_manifest(output.prefix, manifests[output.prefix])
-    except BaseException:
-        for path in filter(Path.is_file, written):
-            path.unlink()
-        raise
-    return manifests
-
-
-def _counts(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items()))

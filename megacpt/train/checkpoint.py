@@ -5,8 +5,10 @@ kill leaves behind is removed at the next start. `megacpt.json` inside says what
 samples, mixture, vocabulary, shape, layout.
 """
 
+import errno
 import json
 import os
+import queue
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.errors import UserError
@@ -133,7 +136,7 @@ def save_checkpoint(
         sharded = _model_state(chunks)
         sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, loading=False)
         sharded |= {"iteration": state.iteration, "checkpoint_version": 3.0}
-        dist_checkpointing.save(sharded, str(partial), async_strategy="mcore")
+        _write(sharded, partial)
         dist.barrier()
         if first:
             write_json(partial / STATE, asdict(state))
@@ -147,6 +150,20 @@ def save_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
     return final
+
+
+def _write(sharded: dict[str, Any], folder: Path) -> None:
+    # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports the
+    # main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    try:
+        dist_checkpointing.save(sharded, str(folder), async_strategy="mcore")
+    except Exception as error:
+        # The writer passes errors on as text; a full disk is then no OSError any more.
+        if os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _surplus(root: Path, keep_last: int | None) -> list[Path]:

@@ -1,0 +1,200 @@
+"""A run that stopped goes on as if it had not: bit for bit on the same layout, within rounding on another."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megacpt.config.load import config_from
+from megacpt.errors import UserError
+from megacpt.train.plan import make_plan
+from tests.ranks import run_ranks
+from tests.train import tiny
+
+STOP = {"train": {"train_iters": 8}}
+"""Past the end of the first medical pass is step 16; 8 lies inside it and 24 in the second."""
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    tiny.write_corpora(folder)
+    return folder
+
+
+def test_resume_is_bit_identical_across_a_pass(corpora: Path) -> None:
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "whole"), 1)
+    for stop in (8, 24):
+        run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts", {"train": {"train_iters": stop}}), 1)
+    (facts,) = run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts"), 1)
+    whole = tiny.rows(corpora / "whole")
+    assert tiny.rows(corpora / "parts") == whole
+    assert whole[-1]["iteration"] > 24
+    medical = [row["epochs_by_source"]["medical"] for row in whole if "lm_loss" in row]
+    assert min(medical) < 1 < max(medical)
+    assert facts["own_steps"]
+    assert set(facts["steps"]) == {float(facts["iteration"])}
+
+
+def test_resume_is_bit_identical_between_log_lines(corpora: Path) -> None:
+    slow = {"train": {"log_interval": 5}}
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "whole5", slow), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts5", slow, {"save": {"interval": 7}}, STOP), 1)
+    # The early stop at 8 writes a row of its own; the checkpoint at 7 lies inside an interval.
+    checkpoints = corpora / "parts5" / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("7\n")
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts5", slow, {"save": {"interval": 7}}), 1)
+    assert tiny.rows(corpora / "parts5") == tiny.rows(corpora / "whole5")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_on_another_layout(corpora: Path, dtype: str) -> None:
+    precision = {"precision": {"dtype": dtype}}
+    name = f"from_tp2_{dtype}"
+    tp2, end = tiny.layout(tp=2, sp=True), {"train": {"train_iters": 12}}
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, name, tp2, precision, STOP), 2)
+    stopped = corpora / f"{name}_stopped"
+    shutil.copytree(corpora / name, stopped)
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, name, tp2, precision, end), 2)
+    loss, norm = tiny.losses(corpora / name, after=8)
+    others = {
+        "pp2": tiny.layout(pp=2),
+        "dp2": tiny.layout(),
+        "dp2_distributed": tiny.layout(distributed=True),
+        "pp2_vp2": tiny.layout(pp=2, vp=2),
+    }
+    for other, changes in others.items():
+        run = f"{name}_{other}"
+        shutil.copytree(stopped, corpora / run)
+        facts = run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, changes, precision, end), 2)
+        loss_then, norm_then = tiny.losses(corpora / run, after=8)
+        exact = dtype == "fp32"
+        np.testing.assert_allclose(loss_then, loss, rtol=1e-6 if exact else 2e-3)
+        np.testing.assert_allclose(norm_then, norm, rtol=1e-5 if exact else 5e-2)
+        assert all(fact["own_steps"] and set(fact["steps"]) == {float(fact["iteration"])} for fact in facts)
+
+
+def test_distributed_optimizer_state_goes_to_any_other(corpora: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        precision = {"precision": {"dtype": dtype}}
+        run = f"from_distributed_{dtype}"
+        sharded = tiny.layout(distributed=True)
+        run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, sharded, precision, STOP), 2)
+        run_ranks(tiny.train_here, 2, tiny.tree(corpora, run + "_whole", sharded, precision), 2)
+        run_ranks(tiny.train_here, 1, tiny.tree(corpora, run, precision), 1)
+        loss, _ = tiny.losses(corpora / run, after=8)
+        expected, _ = tiny.losses(corpora / (run + "_whole"), after=8)
+        np.testing.assert_allclose(loss[:4], expected[:4], rtol=1e-6 if dtype == "fp32" else 2e-3)
+
+
+def test_weights_only_start(corpora: Path) -> None:
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "base", STOP), 1)
+    start = {"init": {"checkpoint": str(corpora / "base" / "checkpoints")}, "train": {"train_iters": 2}}
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, "child", start, tiny.layout(pp=2)), 2)
+    base_end = [row for row in tiny.rows(corpora / "base") if "validation" in row and row["iteration"] == 8]
+    child_start = [row for row in tiny.rows(corpora / "child") if "validation" in row and row["iteration"] == 0]
+    for before, after in zip(base_end, child_start, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    assert tiny.rows(corpora / "child")[-1]["iteration"] == 2
+
+
+def test_changed_mixture_is_refused_and_then_accepted(corpora: Path) -> None:
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "mix", STOP), 1)
+    change = {"data": {"sources": {"general": {"weight": 0.5}}}}
+    with pytest.raises(UserError, match=r"source 'general': weight 0.25 -> weight 0.5.*accept_change"):
+        make_plan(config_from(tiny.tree(corpora, "mix", change), "test"), 1, on_gpu=False)
+    accepted = tiny.tree(corpora, "mix", change, {"data": {"accept_change": True}})
+    plan = make_plan(config_from(accepted, "test"), 1, on_gpu=False)
+    assert plan.mixture.start.sample == 64
+    run_ranks(tiny.train_here, 1, accepted, 1)
+    training = [row for row in tiny.rows(corpora / "mix") if "lm_loss" in row]
+    assert [row["iteration"] for row in training] == list(range(1, plan.last_iteration + 1))
+    assert training[-1]["epochs_by_source"]["medical"] == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"hidden_size": 64}}, r"model\.hidden_size was 48 .* is now 64"),
+        ({"train": {"freeze": {"top": 1}}}, r"train\.freeze\.top was 0 .* is now 1"),
+        ({"precision": {"dtype": "bf16"}}, r"precision\.dtype was float32 .* is now bfloat16"),
+        ({"train": {"global_batch_size": 16}}, r"train\.global_batch_size was 8"),
+        ({"data": {"seq_length": 16}}, r"seq_length 32 -> 16"),
+        ({"train": {"seed": 5}}, r"seed 1234 -> 5"),
+    ],
+)
+def test_another_model_or_order_is_refused(corpora: Path, change: tiny.Tree, message: str) -> None:
+    if not (corpora / "fixed").exists():
+        run_ranks(tiny.train_here, 1, tiny.tree(corpora, "fixed", STOP), 1)
+    with pytest.raises(UserError, match=message):
+        make_plan(config_from(tiny.tree(corpora, "fixed", change), "test"), 1, on_gpu=False)
+
+
+def _command(configuration: Path, ranks: int) -> list[str]:
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*runner, "-m", "megacpt.train", "--config", str(configuration)]
+
+
+def test_kill_at_any_moment(corpora: Path) -> None:
+    """SIGKILL to every process, three times: while starting, in a step, and as soon as a save begins."""
+    changes = (tiny.layout(tp=2), {"save": {"interval": 2}, "logging": {"tensorboard": True}})
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, "unkilled", *changes), 2)
+    configuration = corpora / "killed.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "killed", *changes), sort_keys=False))
+    run = corpora / "killed"
+
+    def trained(iterations: int) -> bool:
+        metrics = run / "metrics.jsonl"
+        return metrics.is_file() and metrics.read_text().count("lm_loss") >= iterations
+
+    moments = [
+        lambda: run.is_dir(),
+        lambda: trained(5),
+        lambda: trained(6) and any((run / "checkpoints").glob(".iter_*")),
+    ]
+    for moment in moments:
+        process = subprocess.Popen(
+            _command(configuration, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not moment() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(_command(configuration, 2), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert tiny.rows(run) == tiny.rows(corpora / "unkilled")
+    assert not list((run / "checkpoints").glob(".*"))
+    _check_tensorboard(run)
+
+
+def _check_tensorboard(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    training = [row for row in tiny.rows(run) if "lm_loss" in row]
+    drawn = events.Scalars("lm loss")
+    assert [event.step for event in drawn] == [row["iteration"] for row in training]
+    np.testing.assert_allclose([event.value for event in drawn], [row["lm_loss"] for row in training], rtol=1e-6)
+    assert {"learning-rate", "grad-norm", "lm loss vs samples", "lm loss validation-medical ppl"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+def test_a_cut_off_row_is_dropped(corpora: Path) -> None:
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "cut", STOP), 1)
+    metrics = corpora / "cut" / "metrics.jsonl"
+    with open(metrics, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"iteration": 9, "lm_loss": 1.0}) + '\n{"iteration": 10, "lm_l')
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "cut"), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "uncut"), 1)
+    assert tiny.rows(corpora / "cut") == tiny.rows(corpora / "uncut")
