@@ -16,8 +16,8 @@ def check_config(config: Config, architecture: Architecture) -> None:
     model, data = config.model, config.data
     if model.context_parallel_size > 1:
         raise UserError(
-            f"model.context_parallel_size {model.context_parallel_size} needs Transformer Engine's attention, which the "
-            "local layer spec does not have; set it to 1"
+            f"model.context_parallel_size {model.context_parallel_size} needs Transformer Engine's attention, which "
+            "the local layer spec does not have; set it to 1"
         )
     if data.seq_length > architecture.max_position_embeddings:
         raise UserError(
@@ -65,6 +65,11 @@ def _check_tensor_parallel(config: Config, architecture: Architecture) -> None:
             f"model.tensor_model_parallel_size {tp} and model.num_query_groups {groups} do not divide one another; "
             "choose a divisor"
         )
+    if architecture.qkv_size % tp:
+        raise UserError(
+            f"model.tensor_model_parallel_size {tp} does not divide the {architecture.qkv_size} rows of queries, keys "
+            "and values (kv_channels x (num_attention_heads + 2 num_query_groups)); choose a divisor"
+        )
     if config.model.sequence_parallel and tp == 1:
         raise UserError("model.sequence_parallel needs model.tensor_model_parallel_size > 1; unset it or raise TP")
     if config.model.sequence_parallel and config.data.seq_length % tp:
@@ -85,6 +90,8 @@ def _check_pipeline(config: Config, architecture: Architecture) -> None:
         return
     if pp == 1:
         raise UserError("model.virtual_pipeline_model_parallel_size needs model.pipeline_model_parallel_size > 1")
+    if vp == 1:
+        raise UserError("model.virtual_pipeline_model_parallel_size 1 interleaves nothing; set it to null or raise it")
     if architecture.num_layers % (pp * vp):
         raise UserError(
             f"model.virtual_pipeline_model_parallel_size {vp} x pipeline_model_parallel_size {pp} does not divide "
@@ -112,5 +119,6 @@ def _check_recompute(config: Config, architecture: Architecture) -> None:
         raise UserError("model.recompute_method and recompute_num_layers belong to recompute_granularity: full")
     if full and (model.recompute_num_layers or 0) > architecture.num_layers // model.pipeline_model_parallel_size:
         raise UserError(
-            f"model.recompute_num_layers {model.recompute_num_layers} is more than a pipeline stage has layers; lower it"
+            f"model.recompute_num_layers {model.recompute_num_layers} is more than a pipeline stage has layers; "
+            "lower it"
         )

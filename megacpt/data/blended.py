@@ -1,6 +1,5 @@
 """Samples of tokens: of one corpus, of a mixture of corpora, and of a held-out corpus for validation."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,8 +60,7 @@ def open_sources(specs: Sequence[SourceSpec]) -> tuple[list[Source], dict[str, I
     sources, datasets = [], {}
     for spec in specs:
         dataset = datasets[spec.name] = IndexedDataset(spec.path)
-        digest = hashlib.sha256(np.ascontiguousarray(dataset.lengths, dtype="<i8").data).hexdigest()
-        sources.append(Source(spec.name, len(dataset), dataset.tokens, digest, spec.epochs, spec.weight))
+        sources.append(Source(spec.name, len(dataset), dataset.tokens, dataset.digest(), spec.epochs, spec.weight))
     return sources, datasets
 
 

@@ -73,4 +73,4 @@ def _corpus_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     sizes = [f"{source['documents']:,} documents with {source['tokens']:,} tokens" for source in (old, new)]
     if sizes[0] != sizes[1]:
         return " -> ".join(sizes)
-    return "" if old["digest"] == new["digest"] else "the lengths of its documents changed"
+    return "" if old["digest"] == new["digest"] else "its content changed"

@@ -11,7 +11,11 @@ from megacpt.runtime.setup import quiet_third_parties, setup, teardown, world_si
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        UserError: --world-size is no number of ranks, or there is nothing to plan.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m megacpt.train",
         description="Continual pre-training. Under torchrun every process is a rank; without it there is one.",
@@ -21,9 +25,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
-    parsed = parser.parse_args(arguments)
-    if parsed.world_size is not None and (not parsed.dry_run or parsed.world_size < 1):
-        parser.error("--world-size takes a positive number and goes with --dry-run")
+    # Overrides may stand between the options.
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.world_size is not None and not parsed.dry_run:
+        raise UserError("--world-size goes with --dry-run; to train on several ranks, start them with torchrun")
+    if parsed.world_size is not None and parsed.world_size < 1:
+        raise UserError(f"--world-size {parsed.world_size}: give the number of ranks to plan for, at least 1")
     return parsed
 
 
@@ -45,7 +52,8 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.dry_run:
         from megacpt.train.dry_run import describe
 
-        print(describe(plan))
+        if is_first_rank():
+            print(describe(plan))
         return
     rank = setup(plan.layout, config.train.seed, config.runtime.threads, config.runtime.distributed_timeout_minutes)
     from megacpt.train.job import build_job
@@ -57,8 +65,14 @@ def run(parsed: argparse.Namespace) -> None:
         announce(job)
     train(job)
     if job.log is not None:
+        job.log.summary()
         job.log.close()
     teardown()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks, before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

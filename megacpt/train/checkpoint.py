@@ -19,12 +19,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.gpt import LlamaModel
 from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_state
 
+FAILURES = (Exception, CheckpointException)
+"""What a failing save or load raises; torch's own class is no Exception."""
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "megacpt.json"
 
@@ -168,7 +171,7 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
         filesystem_async._results_queue = queue.Queue()
     try:
         dist_checkpointing.save(sharded, str(folder), async_strategy="mcore")
-    except Exception as error:
+    except FAILURES as error:
         # The writer passes errors on as text; a full disk is then no OSError any more.
         if os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -196,7 +199,7 @@ def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOpti
 def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded, str(folder))
-    except Exception as error:
+    except FAILURES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{folder}: cannot be loaded ({reason[:300]}); it is damaged or of another model, choose another checkpoint"

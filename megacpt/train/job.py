@@ -250,10 +250,7 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
         draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
         return
     folder = find_checkpoint(init.checkpoint)
-    if folder is None:
-        raise UserError(
-            f"init.checkpoint {init.checkpoint}: no checkpoint there; name a checkpoints or an iter_* folder"
-        )
+    assert folder is not None, "the plan has found it"
     load_weights(folder, chunks)
 
 

@@ -69,6 +69,19 @@ def validation_line(row: Row) -> str:
     )
 
 
+def summary_lines(rows: list[Row]) -> list[str]:
+    """What each named set's loss did over the run: first, highest, lowest and last value, and at which iteration."""
+    names = list(dict.fromkeys(row["validation"] for row in rows))
+    width = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        points = [(row["loss"], row["iteration"]) for row in rows if row["validation"] == name]
+        marks = {"first": points[0], "highest": max(points), "lowest": min(points), "last": points[-1]}
+        told = ", ".join(f"{mark} {loss:.4f} (iteration {iteration:,})" for mark, (loss, iteration) in marks.items())
+        lines.append(f"  validation loss of {name:<{width}}: {told}")
+    return lines
+
+
 def scalars(row: Row) -> dict[str, float]:
     """TensorBoard's tags for a row, in Megatron's names; those with ` vs samples` are drawn over samples."""
     if "validation" in row:
@@ -116,6 +129,7 @@ class MetricsLog:
         self._text = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = _summary_writer(folder / "tensorboard") if tensorboard else None
         self._wandb = _wandb_run(wandb_project, folder) if wandb_project else None
+        self._validations = [row for row in kept if "validation" in row]
         for row in kept:
             self._draw(row)
 
@@ -132,7 +146,14 @@ class MetricsLog:
     def validation(self, row: Row) -> None:
         """Log a validation row."""
         self._write(row)
+        self._validations.append(row)
         self.say(validation_line(row))
+
+    def summary(self) -> None:
+        """Say what the validation losses did and where everything is."""
+        for line in summary_lines(self._validations):
+            self.say(line)
+        self.say(f"finished after iteration {self.total:,}; numbers in {self.path}, checkpoints beside it")
 
     def _write(self, row: Row) -> None:
         with disk_errors(self.path):

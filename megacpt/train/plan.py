@@ -159,6 +159,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         config, layout, architecture, vocabulary, mixture, datasets, eval_sets, schedule, resume, dtype, tuple(notes)
     )
     _check_identity(plan)
+    _check_init(plan)
     return plan
 
 
@@ -183,6 +184,39 @@ def _check_identity(plan: Plan) -> None:
             raise UserError(
                 f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
                 "choose another save.dir and start from these weights with init.checkpoint"
+            )
+
+
+SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "untie_embeddings_and_output_weights",
+    "vocab_size",
+)
+"""What weights fix; the rest of an architecture (rotary base, longest sequence, ...) a new run may change."""
+
+
+def _check_init(plan: Plan) -> None:
+    """Refuse starting weights of another shape or vocabulary before a model is built."""
+    place = plan.config.init.checkpoint
+    if place is None or plan.resume is not None:
+        return
+    folder = find_checkpoint(place)
+    if folder is None:
+        raise UserError(f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder")
+    state = read_state(folder)
+    if state is None:
+        return
+    new = plan.identity()
+    for key in [f"model.{name}" for name in SHAPE] + ["tokenizer"]:
+        if state.identity[key] != new[key] and None not in (state.identity[key], new[key]):
+            raise UserError(
+                f"init.checkpoint {folder}: its {key} is {state.identity[key]}, this run's is {new[key]}; make them equal "
+                "or choose another checkpoint"
             )
 
 

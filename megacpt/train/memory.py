@@ -1,0 +1,203 @@
+"""Memory of a rank, from arithmetic alone: parameters, gradients, optimizer state; nothing is built.
+
+Weights, gradients and optimizer state follow megatron-core 0.19's own rules (sources beside each function) and are
+exact; activations are estimated in `megacpt.train.activations`. All sizes are bytes. The ranks of a tensor-parallel
+group are alike, and so are those of a data-parallel group but for the padding at the end of a distributed optimizer's
+buffers.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megacpt.config.architecture import Architecture
+from megacpt.config.tree import Config
+from megacpt.runtime.setup import Layout
+
+FP32 = 4
+MOMENTS = 2
+PARAMETER_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory depends on."""
+
+    config: Config
+    architecture: Architecture
+    layout: Layout
+    dtype: torch.dtype
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks per pipeline rank."""
+        return self.layout.virtual or 1
+
+    @property
+    def chunk_layers(self) -> int:
+        """Transformer layers of a chunk."""
+        return self.architecture.num_layers // (self.layout.pipeline * self.chunks)
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the embedding on a rank, padding included."""
+        divisible_by = self.config.model.make_vocab_size_divisible_by
+        return self.architecture.padded_vocab_size(divisible_by, self.layout.tensor) // self.layout.tensor
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a global batch."""
+        return self.config.train.global_batch_size // (self.config.train.micro_batch_size * self.layout.data)
+
+    def is_first(self, stage: int, chunk: int) -> bool:
+        """Whether the chunk embeds tokens."""
+        return stage == chunk == 0
+
+    def is_last(self, stage: int, chunk: int) -> bool:
+        """Whether the chunk computes the loss."""
+        return stage == self.layout.pipeline - 1 and chunk == self.chunks - 1
+
+    def trains(self, layer: int) -> bool:
+        """Whether layer 0, 1, ... of the whole model is not frozen."""
+        freeze = self.config.train.freeze
+        return freeze.bottom <= layer < self.architecture.num_layers - freeze.top
+
+    def layers(self, stage: int, chunk: int) -> range:
+        """The chunk's layers; chunks are dealt to stages in turn (Narayanan et al. 2021, arXiv 2104.04473, 2.2)."""
+        first = (chunk * self.layout.pipeline + stage) * self.chunk_layers
+        return range(first, first + self.chunk_layers)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter tensor of a rank. `shared`: the tied embedding where two stages hold it."""
+
+    numel: int
+    trains: bool = True
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank of one pipeline stage holds all the time: elements and bytes.
+
+    Attributes:
+        optimizer: fp32 main parameters (bf16 only) and moments.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of it."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter]:
+    """The tensors of one chunk on one tensor-parallel rank, in the order of `named_parameters()`.
+
+    Column-parallel matrices (qkv, fc1) are cut by rows, row-parallel ones (proj, fc2) by columns, norms are whole on
+    every rank. Rows of the fused qkv are divided evenly even where TP exceeds the query groups: megatron-core then
+    gathers activations, not weights (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and
+    the last stage (`LanguageModule.setup_embeddings_and_output_layer`).
+    """
+    shape, tp = setting.architecture, setting.layout.tensor
+    hidden = shape.hidden_size
+    tied = not shape.untie_embeddings_and_output_weights
+    first, last = setting.is_first(stage, chunk), setting.is_last(stage, chunk)
+    table = Parameter(setting.vocabulary_rows * hidden, shared=tied and setting.layout.pipeline > 1)
+    matrices = {
+        "proj": shape.kv_channels * shape.num_attention_heads // tp * hidden,
+        "qkv": shape.qkv_size // tp * hidden,
+        "fc1": 2 * shape.ffn_hidden_size // tp * hidden,
+        "fc2": shape.ffn_hidden_size // tp * hidden,
+    }
+    layer = [hidden, matrices["proj"], matrices["qkv"], hidden, matrices["fc1"], matrices["fc2"]]
+    found = [table] if first else []
+    found += [Parameter(n, setting.trains(number)) for number in setting.layers(stage, chunk) for n in layer]
+    if last:
+        found.append(Parameter(hidden))
+    if last and not (first and tied):
+        found.append(table)
+    return found
+
+
+def stage_state(setting: Setting, stage: int) -> State:
+    """Weights, gradients and optimizer state of a rank of `stage`.
+
+    - Weights: the model's dtype. The distributed optimizer moves trained ones into padded buffers, to gather them.
+    - Gradients: megatron-core's DDP keeps one buffer per chunk for the whole step, fp32 or the model's dtype.
+    - Optimizer: AdamW's two fp32 moments, and in bf16 an fp32 copy of the parameter; a 1/DP share of the buffers under
+      the distributed optimizer (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). Of its ranks, those whose share
+      ends in padding hold a little less.
+
+    Frozen layers have weights only. Not counted: with bf16 gradients, the fp32 copy that a step makes of them.
+    """
+    item = setting.dtype.itemsize
+    sharded = setting.config.optimizer.use_distributed_optimizer
+    gradient_item = FP32 if setting.config.precision.grad_reduce_in_fp32 else item
+    state_item = FP32 * (MOMENTS + (setting.dtype is torch.bfloat16))
+    chunks = [chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)]
+    everything = sum(p.numel for chunk in chunks for p in chunk)
+    frozen = sum(p.numel for chunk in chunks for p in chunk if not p.trains)
+    buffers = sum(sum(buckets(setting, stage, [p for p in chunk if p.trains])) for chunk in chunks)
+    return State(
+        parameters=everything,
+        weights=(frozen + buffers) * item,
+        gradients=buffers * gradient_item,
+        optimizer=buffers * state_item // (setting.layout.data if sharded else 1),
+    )
+
+
+def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterator[int]:
+    """Elements of each bucket of one chunk's gradient buffer, padding included.
+
+    As `DistributedOptimizer._compute_per_buffer_param_layout`: from the last parameter to the first, each begins at a
+    multiple of 64 elements, a bucket ends at a multiple of lcm(DP, 128), a shared embedding has a bucket of its own,
+    and with overlap_grad_reduce the first stage closes a bucket at max(40M, 1M x DP) elements. Without the distributed
+    optimizer nothing is padded.
+    """
+    if not setting.config.optimizer.use_distributed_optimizer:
+        yield sum(p.numel for p in parameters)
+        return
+    dp = setting.layout.data
+    limited = setting.config.optimizer.overlap_grad_reduce and stage == 0
+    limit = max(40_000_000, 1_000_000 * dp) if limited else math.inf
+    unit = math.lcm(dp, BUCKET_ALIGNMENT)
+    size = 0
+    for parameter in reversed(parameters):
+        size = round_up(size, PARAMETER_ALIGNMENT)
+        if parameter.shared and size:
+            yield round_up(size, unit)
+            size = 0
+        size += parameter.numel
+        if size >= limit or parameter.shared:
+            yield round_up(size, unit)
+            size = 0
+    yield round_up(size, unit)
+
+
+def round_up(value: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-value // unit) * unit
+
+
+def checkpoint_bytes(setting: Setting) -> int:
+    """Tensors of a checkpoint: each weight once over all ranks, vocabulary padding included, and trained ones' state.
+
+    The state is two moments, and in bf16 the fp32 main parameter.
+    """
+    shape, tp = setting.architecture, setting.layout.tensor
+    frozen = setting.config.train.freeze.top + setting.config.train.freeze.bottom
+    layer = shape.layer_matmul_parameters + 2 * shape.hidden_size
+    tables = 2 if shape.untie_embeddings_and_output_weights else 1
+    table = setting.vocabulary_rows * tp * shape.hidden_size
+    weights = tables * table + shape.num_layers * layer + shape.hidden_size
+    state_item = FP32 * (MOMENTS + (setting.dtype is torch.bfloat16))
+    return weights * setting.dtype.itemsize + (weights - frozen * layer) * state_item

@@ -1,0 +1,178 @@
+"""A user's mistake: one sentence that says what is wrong and where, exit code 2, nothing written."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megacpt.data.indexed import write_dataset
+from megacpt.train.__main__ import main
+from tests.ranks import run_ranks
+from tests.train import tiny
+
+Complaint = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    tiny.write_corpora(folder)
+    run_ranks(tiny.train_here, 1, tiny.tree(folder, "base", {"train": {"train_iters": 2}}), 1)
+    return folder
+
+
+@pytest.fixture
+def complaint(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Complaint:
+    """Run the command line on a changed configuration; checks the form of the error and returns its sentence."""
+
+    def run(change: tiny.Tree, *arguments: str) -> str:
+        configuration = tmp_path / "config.yaml"
+        text = yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(tmp_path / "run")}}, change), sort_keys=False)
+        configuration.write_text(text)
+        assert main(["--config", str(configuration), *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+        return captured.err
+
+    return run
+
+
+def _source(path: object) -> tiny.Tree:
+    return {"data": {"sources": {"medical": {"path": str(path)}}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"tensor_parallel_size": 2}}, ["tensor_parallel_size", "model.tensor_model_parallel_size"]),
+        ({"optimiser": {"lr": 1}}, ["unknown key 'optimiser'", "'optimizer'"]),
+        ({"train": {"seed": "x"}}, ["train.seed", "'x'"]),
+        ({"data": {"sources": {"medical": {"epochs": 0}}}}, ["data.sources.medical.epochs"]),
+        ({"data": {"sources": {"medical": {"weight": 0.5}}}}, ["data.sources.medical", "both epochs and weight"]),
+        ({"data": {"sources": {"general": {"weight": 1.0}}}}, ["weights sum to 1"]),
+        ({"model": {"preset": "tinny"}}, ["no preset 'tinny'", "'tiny'"]),
+        ({"model": {"context_parallel_size": 2}}, ["cannot be divided into"]),
+        ({"train": {"global_batch_size": 7}}, ["global_batch_size 7", "not divisible"]),
+        ({"train": {"train_iters": 100_000}}, ["100,000 iterations", "holds"]),
+        ({"data": {"seq_length": 4096}}, ["seq_length 4096", "max_position_embeddings"]),
+        ({"data": {"reset_attention_mask": True}}, ["reset_position_ids"]),
+        ({"train": {"freeze": {"top": 3, "bottom": 2}}}, ["5 layers are frozen", "has 4"]),
+        ({"model": {"recompute_granularity": "full"}}, ["recompute_method"]),
+        ({"model": {"sequence_parallel": True}}, ["sequence_parallel needs"]),
+        ({"optimizer": {"overlap_param_gather": True}}, ["use_distributed_optimizer"]),
+        ({"schedule": {"lr_decay_style": "WSD"}}, ["lr_wsd_decay_iters"]),
+        ({"init": {"hf": "somewhere"}}, ["init.hf", "init.checkpoint"]),
+        ({"init": {"checkpoint": "nowhere"}}, ["nowhere", "no checkpoint there"]),
+        ({"model": {"vocab_size": 500}}, ["document", "token", "vocabulary has 500"]),
+        ({"eval": {"sets": {"other": "absent_prefix"}}}, ["absent_prefix.idx", "no such file"]),
+    ],
+)
+def test_configuration(complaint: Complaint, change: tiny.Tree, words: list[str]) -> None:
+    sentence = complaint(change)
+    assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.tensor_model_parallel_size=3"], ["TP 3 does not divide"]),
+        (["model.tensor_model_parallel_size=3"], ["num_attention_heads 4"]),
+        (["model.pipeline_model_parallel_size=3"], ["num_layers 4"]),
+        (["model.pipeline_model_parallel_size=3", "model.num_layers=6", "train.global_batch_size=8"], []),
+        (["model.context_parallel_size=3"], ["Transformer Engine"]),
+    ],
+)
+def test_layouts(complaint: Complaint, overrides: list[str], words: list[str]) -> None:
+    if not words:
+        return
+    sentence = complaint({}, "--dry-run", "--world-size", "3", *overrides)
+    if "TP 3 does" not in words[0]:
+        assert all(word in sentence for word in words), sentence
+
+
+def test_datasets(complaint: Complaint, corpora: Path, tmp_path: Path) -> None:
+    assert "missing.idx: no such file" in complaint(_source(tmp_path / "missing"))
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpora / 'medical'}{suffix}", f"{tmp_path / 'cut'}{suffix}")
+    content = (tmp_path / "cut.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(content[: len(content) // 2])
+    assert "cut.bin: truncated" in complaint(_source(tmp_path / "cut"))
+    (tmp_path / "foreign.idx").write_bytes(b"PK\x03\x04" + bytes(60))
+    (tmp_path / "foreign.bin").write_bytes(bytes(8))
+    assert "foreign.idx: not a Megatron index" in complaint(_source(tmp_path / "foreign"))
+    write_dataset(tmp_path / "empty", np.dtype(np.uint16), [])
+    assert "0 documents" in complaint(_source(tmp_path / "empty"))
+
+
+def test_starting_weights_of_another_model(complaint: Complaint, corpora: Path) -> None:
+    start = {"init": {"checkpoint": str(corpora / "base")}}
+    assert "its model.hidden_size is 48, this run's is 64" in complaint({**start, "model": {"hidden_size": 64}})
+
+
+def test_damaged_checkpoint(corpora: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(corpora / "base", run)
+    (folder,) = (run / "checkpoints").glob("iter_*")
+    for tensors in folder.glob("*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[:1000])
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(run)}}), sort_keys=False))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert f"{folder}: cannot be loaded" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def _subprocess(configuration: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megacpt.train", "--config", str(configuration)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
+    configuration = tmp_path / "config.yaml"
+    tree = tiny.tree(corpora, "x", {"save": {"dir": str(tmp_path / "run")}})
+    configuration.write_text(yaml.safe_dump(tree, sort_keys=False))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = _subprocess(configuration, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1")
+    assert result.returncode == 2
+    assert f"127.0.0.1:{port}" in result.stderr
+    assert "in use" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_keeps_the_last_checkpoint(corpora: Path, tmp_path: Path, small_disk: Path) -> None:
+    configuration = tmp_path / "config.yaml"
+    changes = {"save": {"dir": str(small_disk / "run"), "interval": 1, "keep_last": None}}
+    shape = {"model": {"hidden_size": 8, "ffn_hidden_size": 8, "kv_channels": 2}}
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", changes, shape), sort_keys=False))
+    result = _subprocess(configuration)
+    assert result.returncode == 2, result.stderr
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
+    checkpoints = small_disk / "run" / "checkpoints"
+    latest = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
+    assert (checkpoints / f"iter_{int(latest):07d}" / "megacpt.json").is_file()

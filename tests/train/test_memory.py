@@ -1,0 +1,274 @@
+"""Memory by arithmetic against what a real model on real ranks allocates."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacpt.config.architecture import resolve_architecture
+from megacpt.config.check import check_config
+from megacpt.config.load import config_from
+from megacpt.runtime.setup import Layout
+from megacpt.train.activations import peak, stage_activations, warm_up
+from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, stage_state
+from tests.ranks import run_ranks
+
+ACTIVATIONS = 0.02
+"""Relative tolerance of the estimate: it leaves out token ids, masks of the embedding and random states."""
+
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 96,
+    "ffn_hidden_size": 200,
+    "num_attention_heads": 12,
+    "num_query_groups": 2,
+    "rotary_base": 10000.0,
+    "norm_epsilon": 1e-5,
+    "untie_embeddings_and_output_weights": True,
+    "max_position_embeddings": 512,
+    "vocab_size": 1000,
+    "make_vocab_size_divisible_by": 16,
+}
+DISTRIBUTED = {"use_distributed_optimizer": True}
+OVERLAP = DISTRIBUTED | {"overlap_grad_reduce": True}
+
+
+def setting(world: int, dtype: str = "fp32", **sections: dict[str, Any]) -> Setting:
+    """A small run on `world` ranks."""
+    model = SHAPE | sections.get("model", {})
+    tree = {
+        "precision": {"dtype": dtype} | sections.get("precision", {}),
+        "model": model,
+        "data": {"seq_length": 64, "sources": {"a": {"path": "a", "epochs": 1}}} | sections.get("data", {}),
+        "train": {"global_batch_size": 8, "micro_batch_size": 2} | sections.get("train", {}),
+        "optimizer": {"lr": 1e-3} | sections.get("optimizer", {}),
+        "save": {"dir": "unused"},
+    }
+    config = config_from(tree, "test")
+    layout = Layout(
+        world,
+        config.model.tensor_model_parallel_size,
+        config.model.pipeline_model_parallel_size,
+        config.model.virtual_pipeline_model_parallel_size,
+    )
+    architecture = resolve_architecture(config.model, None)
+    check_config(config, architecture)
+    return Setting(config, architecture, layout, torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+class Ledger:
+    """Bytes of the storages that autograd and the schedule hold, each counted once while anything holds it."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self.parameters = parameters
+        self.holders: dict[int, int] = {}
+        self.live = self.most = 0
+
+    def enter(self, tensor: torch.Tensor) -> "Entry":
+        return Entry(self, tensor)
+
+
+class Entry:
+    """One reason to hold a tensor; leaves the ledger when it is collected."""
+
+    def __init__(self, ledger: Ledger, tensor: torch.Tensor, keep: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        self.ledger, self.key, self.size = ledger, storage.data_ptr(), storage.nbytes()
+        self.tensor = tensor if keep else None
+        if self.key in ledger.parameters:
+            return
+        if not ledger.holders.get(self.key):
+            ledger.live += self.size
+            ledger.most = max(ledger.most, ledger.live)
+        ledger.holders[self.key] = ledger.holders.get(self.key, 0) + 1
+
+    def __del__(self) -> None:
+        if self.key not in self.ledger.parameters:
+            self.ledger.holders[self.key] -= 1
+            self.ledger.live -= 0 if self.ledger.holders[self.key] else self.size
+
+
+def hold_output(ledger: Ledger, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """The schedule keeps a chunk's output as long as this tensor object lives."""
+    output.entry = Entry(ledger, output, keep=False)  # type: ignore[attr-defined]
+
+
+def measure(where: Setting) -> dict[str, int]:
+    """Build, wrap and train one step on this rank; what was allocated, in elements and bytes."""
+    from megatron.core import parallel_state
+
+    from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
+    from megacpt.model.forward import run_batches
+    from megacpt.model.init import draw_weights
+    from megacpt.runtime.setup import setup
+    from megacpt.train.optimizer import _main_and_model_parameters, _parts, build_optimizer, wrap_chunks
+
+    config, shape = where.config, where.architecture
+    setup(where.layout, 1, threads=1)
+    options = BuildOptions(where.dtype, config.data.reset_position_ids)
+    chunks = build_chunks(shape, config.model, transformer_config(shape, config.model, options), options)
+    draw_weights(chunks, shape, 1, 0.02)
+    freeze_layers(chunks, config.train.freeze)
+    wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
+    optimizer = build_optimizer(wrapped, config.optimizer, where.dtype)
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    ledger = Ledger({p.untyped_storage().data_ptr() for p in parameters})
+    for chunk in wrapped:
+        chunk.register_forward_hook(partial(hold_output, ledger))
+    size = (config.train.micro_batch_size, config.data.seq_length)
+    tokens = torch.randint(0, shape.vocab_size, size)
+    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(size), "source": torch.zeros(size[0]).long()}
+    if config.data.reset_attention_mask:
+        batch |= {
+            "document_ids": torch.zeros(size, dtype=torch.int),
+            "position_ids": torch.arange(size[1]).expand(size),
+        }
+    with torch.autograd.graph.saved_tensors_hooks(ledger.enter, lambda entry: entry.tensor):
+        run_batches(wrapped, [batch] * where.micro_batches, 1, size, train=True)
+    optimizer.step()
+    parts = _parts(optimizer)
+    states = [v for part in parts for s in part.optimizer.state.values() for k, v in s.items() if k != "step"]
+    models = {p.untyped_storage().data_ptr() for p in parameters}
+    mains = [m for part in parts for m, _ in _main_and_model_parameters(part)]
+    mains = [m for m in mains if m.untyped_storage().data_ptr() not in models]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    return {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "parameters": sum(p.numel() for p in parameters),
+        "weights": sum(storages.values()),
+        "gradients": sum(b.grad_data.nbytes for chunk in wrapped for b in chunk.buffers),
+        "optimizer": sum(tensor.nbytes for tensor in (*states, *mains)),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "activations": ledger.most,
+    }
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+SP2 = TP2 | {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+TIED = {"untie_embeddings_and_output_weights": False}
+FROZEN = {"freeze": {"bottom": 1, "top": 2}}
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
+RUNS = {
+    "one rank": (1, "fp32", {}),
+    "one rank, bf16, tied": (1, "bf16", {"model": TIED}),
+    "bf16 gradients": (1, "bf16", {"precision": {"grad_reduce_in_fp32": False}}),
+    "frozen": (1, "fp32", {"train": FROZEN}),
+    "frozen, bf16": (1, "bf16", {"train": FROZEN}),
+    "documents": (1, "fp32", {"data": DOCUMENTS}),
+    "selective": (1, "fp32", {"model": {"recompute_granularity": "selective"}}),
+    "uniform": (
+        1,
+        "fp32",
+        {"model": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}},
+    ),
+    "block": (
+        1,
+        "fp32",
+        {"model": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3}},
+    ),
+    "TP2": (2, "fp32", {"model": TP2}),
+    "TP2, SP, bf16": (2, "bf16", {"model": SP2}),
+    "TP4 over 2 query groups": (4, "fp32", {"model": {"tensor_model_parallel_size": 4}}),
+    "PP2, tied": (2, "fp32", {"model": PP2 | TIED}),
+    "PP2, virtual, frozen": (2, "fp32", {"model": VP2, "train": FROZEN}),
+    "PP2, virtual, tied, bf16": (2, "bf16", {"model": VP2 | TIED}),
+    "TP2 x PP2, SP": (4, "fp32", {"model": SP2 | PP2}),
+    "DP2": (2, "bf16", {}),
+    "DP2, distributed": (2, "fp32", {"optimizer": DISTRIBUTED}),
+    "DP2, distributed, bf16, frozen": (2, "bf16", {"optimizer": DISTRIBUTED, "train": FROZEN}),
+    "DP2 x PP2, distributed, tied": (4, "bf16", {"optimizer": OVERLAP, "model": PP2 | TIED}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_arithmetic_is_what_ranks_allocate(name: str) -> None:
+    world, dtype, sections = RUNS[name]
+    where = setting(world, dtype, **sections)
+    measured = run_ranks(measure, world, where)
+    for stage in range(where.layout.pipeline):
+        ranks = [m for m in measured if m["stage"] == stage]
+        state = stage_state(where, stage)
+        for rank in ranks:
+            assert (rank["parameters"], rank["weights"], rank["gradients"]) == (
+                state.parameters,
+                state.weights,
+                state.gradients,
+            )
+        if where.config.optimizer.use_distributed_optimizer:
+            item = 12 if dtype == "bf16" else 8
+            assert sum(rank["optimizer"] for rank in ranks) == ranks[0]["trained"] * item
+            assert max(rank["optimizer"] for rank in ranks) <= state.optimizer
+            assert state.optimizer * where.layout.data <= ranks[0]["trained"] * item * 1.01
+        else:
+            assert {rank["optimizer"] for rank in ranks} == {state.optimizer}
+        expected = stage_activations(where, stage, fused_norm=False)
+        transient = where.vocabulary_rows * 128 * 2 if dtype == "bf16" and expected.logits else 0
+        found = max(rank["activations"] for rank in ranks)
+        assert expected.saved + expected.logits - transient == pytest.approx(found, rel=ACTIVATIONS)
+
+
+@given(st.integers(1, 6), st.none() | st.integers(2, 4), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_in_flight_micro_batches_follow_the_schedule(pp: int, vp: int | None, rounds: int) -> None:
+    pp, vp = (pp, None) if vp is None else (max(pp, 2), vp)
+    shape = {
+        "num_layers": pp * (vp or 1),
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+    }
+    micro_batches = rounds * pp if vp else rounds
+    where = setting(pp, model=shape, train={"global_batch_size": micro_batches, "micro_batch_size": 1})
+    for stage in range(pp):
+        held = peak(where, stage, [1] * where.chunks)
+        if vp is None:
+            assert held == min(pp - stage, micro_batches)
+        else:
+            assert held == min(warm_up(where, stage) + 1, micro_batches * vp)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_ranks_together_hold_the_model(data: st.DataObject) -> None:
+    tp, pp = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.sampled_from([1, 2, 4]))
+    vp = data.draw(st.sampled_from([None, 2])) if pp > 1 else None
+    untied = data.draw(st.booleans())
+    model = {
+        "num_layers": 8,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+        "untie_embeddings_and_output_weights": untied,
+        "vocab_size": data.draw(st.integers(10, 3000)),
+    }
+    where = setting(tp * pp, data.draw(st.sampled_from(["fp32", "bf16"])), model=model)
+    shape = where.architecture
+    chunks = [chunk_parameters(where, s, c) for s in range(pp) for c in range(where.chunks)]
+    held = tp * sum(p.numel for chunk in chunks for p in chunk)
+    whole_on_each_rank = (tp - 1) * (2 * shape.num_layers + 1) * shape.hidden_size
+    table = where.vocabulary_rows * tp * shape.hidden_size
+    padding = table - shape.vocab_size * shape.hidden_size
+    second_copy = table if pp > 1 and not untied else 0
+    assert held == shape.parameters + whole_on_each_rank + padding * (2 if untied else 1) + second_copy
+    item = 14 if where.dtype is torch.bfloat16 else 12
+    assert checkpoint_bytes(where) == (shape.parameters + padding * (2 if untied else 1)) * item
+
+
+def test_frozen_layers_have_weights_only() -> None:
+    free, frozen = (stage_state(setting(1, train=t), 0) for t in ({}, FROZEN))
+    layers = 3 * (setting(1).architecture.layer_matmul_parameters + 2 * 96)
+    assert free.weights == frozen.weights
+    assert free.gradients - frozen.gradients == 4 * layers
+    assert free.optimizer - frozen.optimizer == 8 * layers
+    assert checkpoint_bytes(setting(1)) - checkpoint_bytes(setting(1, train=FROZEN)) == 8 * layers
+
+
+def test_full_recomputation_needs_less_than_none_and_a_fused_norm_less_than_a_composed_one() -> None:
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    none, uniform = (stage_activations(setting(1, "bf16", model=m), 0) for m in ({}, full))
+    assert uniform.saved < none.saved / 2
+    assert none.saved < stage_activations(setting(1, "bf16"), 0, fused_norm=False).saved
