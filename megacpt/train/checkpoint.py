@@ -165,8 +165,8 @@ def save_checkpoint(
 
 
 def _write(sharded: dict[str, Any], folder: Path) -> None:
-    # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports the
-    # main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
+    # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports
+    # the main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     try:

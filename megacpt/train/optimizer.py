@@ -2,8 +2,8 @@
 
 Moments (and bf16's fp32 main parameters) are saved tensor by tensor under `optimizer.state.<name>.<parameter>`, the
 layout of megatron-core's "fully reshardable" format, whether or not the optimizer is distributed. `step` is no tensor
-here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per parameter;
-megatron-core restores one tensor shared by all, which then advances once per parameter.)
+here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per
+parameter; megatron-core restores one tensor shared by all, which then advances once per parameter.)
 """
 
 from collections.abc import Iterator, Sequence
