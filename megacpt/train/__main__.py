@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megacpt.config.load import load_config
 from megacpt.errors import UserError
-from megacpt.runtime.setup import quiet_third_parties, setup, teardown, world_size_from_environment
+from megacpt.runtime.setup import die_with_launcher, quiet_third_parties, setup, teardown, world_size_from_environment
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,6 +40,7 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         UserError: whatever in the configuration, the data or the checkpoints cannot work.
     """
+    die_with_launcher()
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
     # Imported late: --help and a wrong key should answer before torch and megatron-core are loaded.

@@ -207,7 +207,9 @@ def _check_init(plan: Plan) -> None:
         return
     folder = find_checkpoint(place)
     if folder is None:
-        raise UserError(f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder")
+        raise UserError(
+            f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder"
+        )
     state = read_state(folder)
     if state is None:
         return
@@ -215,8 +217,8 @@ def _check_init(plan: Plan) -> None:
     for key in [f"model.{name}" for name in SHAPE] + ["tokenizer"]:
         if state.identity[key] != new[key] and None not in (state.identity[key], new[key]):
             raise UserError(
-                f"init.checkpoint {folder}: its {key} is {state.identity[key]}, this run's is {new[key]}; make them equal "
-                "or choose another checkpoint"
+                f"init.checkpoint {folder}: its {key} is {state.identity[key]}, this run's is {new[key]}; make them "
+                "equal or choose another checkpoint"
             )
 
 

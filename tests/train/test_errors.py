@@ -34,7 +34,9 @@ def complaint(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     def run(change: tiny.Tree, *arguments: str) -> str:
         configuration = tmp_path / "config.yaml"
-        text = yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(tmp_path / "run")}}, change), sort_keys=False)
+        text = yaml.safe_dump(
+            tiny.tree(corpora, "x", {"save": {"dir": str(tmp_path / "run")}}, change), sort_keys=False
+        )
         configuration.write_text(text)
         assert main(["--config", str(configuration), *arguments]) == 2
         captured = capsys.readouterr()
