@@ -1,7 +1,7 @@
 """Checks across fields of the configuration: what no single key can know."""
 
 from megacpt.config.architecture import Architecture
-from megacpt.config.tree import Config
+from megacpt.config.tree import Config, Model
 from megacpt.errors import UserError
 
 
@@ -11,8 +11,7 @@ def check_config(config: Config, architecture: Architecture) -> None:
     Raises:
         UserError: one sentence that names the keys.
     """
-    _check_tensor_parallel(config, architecture)
-    _check_pipeline(config, architecture)
+    check_layout(config.model, architecture)
     model, data = config.model, config.data
     if model.context_parallel_size > 1:
         raise UserError(
@@ -23,6 +22,14 @@ def check_config(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"data.seq_length {data.seq_length} is longer than model.max_position_embeddings "
             f"{architecture.max_position_embeddings}; shorten it or raise the limit"
+        )
+    tp = model.tensor_model_parallel_size
+    if model.sequence_parallel and tp == 1:
+        raise UserError("model.sequence_parallel needs model.tensor_model_parallel_size > 1; unset it or raise TP")
+    if model.sequence_parallel and data.seq_length % tp:
+        raise UserError(
+            f"model.sequence_parallel cuts sequences over {tp} ranks, but data.seq_length {data.seq_length} is "
+            "not divisible; choose a multiple"
         )
     if data.reset_position_ids != data.reset_attention_mask:
         raise UserError(
@@ -41,14 +48,20 @@ def check_config(config: Config, architecture: Architecture) -> None:
         raise UserError("optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce; set both or neither")
     if config.init.checkpoint is not None and config.init.hf is not None:
         raise UserError("init.checkpoint and init.hf are both set; keep one of them")
-    if config.init.hf is not None:
-        raise UserError(
-            f"init.hf {config.init.hf}: importing Hugging Face models is not in this version; use init.checkpoint"
-        )
 
 
-def _check_tensor_parallel(config: Config, architecture: Architecture) -> None:
-    tp = config.model.tensor_model_parallel_size
+def check_layout(model: Model, architecture: Architecture) -> None:
+    """Refuse tensor and pipeline parallel sizes that do not divide the model.
+
+    Raises:
+        UserError: one sentence that names the keys.
+    """
+    _check_tensor_parallel(model, architecture)
+    _check_pipeline(model, architecture)
+
+
+def _check_tensor_parallel(model: Model, architecture: Architecture) -> None:
+    tp = model.tensor_model_parallel_size
     sizes = {
         "num_attention_heads": architecture.num_attention_heads,
         "ffn_hidden_size": architecture.ffn_hidden_size,
@@ -70,17 +83,10 @@ def _check_tensor_parallel(config: Config, architecture: Architecture) -> None:
             f"model.tensor_model_parallel_size {tp} does not divide the {architecture.qkv_size} rows of queries, keys "
             "and values (kv_channels x (num_attention_heads + 2 num_query_groups)); choose a divisor"
         )
-    if config.model.sequence_parallel and tp == 1:
-        raise UserError("model.sequence_parallel needs model.tensor_model_parallel_size > 1; unset it or raise TP")
-    if config.model.sequence_parallel and config.data.seq_length % tp:
-        raise UserError(
-            f"model.sequence_parallel cuts sequences over {tp} ranks, but data.seq_length {config.data.seq_length} is "
-            "not divisible; choose a multiple"
-        )
 
 
-def _check_pipeline(config: Config, architecture: Architecture) -> None:
-    pp, vp = config.model.pipeline_model_parallel_size, config.model.virtual_pipeline_model_parallel_size
+def _check_pipeline(model: Model, architecture: Architecture) -> None:
+    pp, vp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     if architecture.num_layers % pp:
         raise UserError(
             f"model.pipeline_model_parallel_size {pp} does not divide model.num_layers {architecture.num_layers}; "

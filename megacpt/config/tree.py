@@ -159,7 +159,8 @@ class Init(Section):
     """Weights to start from, at iteration 0 with a fresh optimizer."""
 
     checkpoint: str | None = Field(None, description="a checkpoints folder, or one iter_* folder in it")
-    hf: str | None = Field(None, description="a Hugging Face model folder")
+    hf: str | None = Field(None, description="a Hugging Face model folder; it brings the model's shape")
+    gate: bool = Field(True, description="with hf: compare logits with transformers before the first step")
 
 
 class Save(Section):
@@ -168,6 +169,10 @@ class Save(Section):
     dir: str = Field(description="run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/")
     interval: PositiveInt | None = Field(None, description="steps between checkpoints; the last step is always saved")
     keep_last: PositiveInt | None = Field(None, description="checkpoints kept; null: all")
+    hf_every: PositiveInt | None = Field(
+        None,
+        description="steps between exports to DIR/hf/iter_*, Hugging Face folders; a checkpoint is saved with each",
+    )
 
 
 class Logging(Section):

@@ -10,7 +10,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ FAILURES = (Exception, CheckpointException)
 """What a failing save or load raises; torch's own class is no Exception."""
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "megacpt.json"
+BASE = "hf"
+"""The folder inside a checkpoint for the small files of the Hugging Face model that it began from."""
+RELEASE = "release"
+"""Megatron's name for a checkpoint that no training wrote."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ def find_checkpoint(place: str | Path) -> Path | None:
     if not (place / TRACKER).is_file():
         return None
     content = (place / TRACKER).read_text(encoding="utf-8").strip()
-    if content == "release":
-        folder = place / "release"
+    if content == RELEASE:
+        folder = place / RELEASE
     elif content.isdigit():
         folder = iteration_folder(place, int(content))
     else:
@@ -102,7 +106,7 @@ def read_state(folder: Path) -> TrainState | None:
 
 def remove_partial(root: Path) -> None:
     """Remove what a killed save left behind."""
-    for leftover in root.glob(".iter_*"):
+    for leftover in (*root.glob(".iter_*"), *root.glob(f".{RELEASE}.*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -131,13 +135,55 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     config_text: str,
     keep_last: int | None,
+    base: Path | None = None,
 ) -> Path:
     """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
+
+    `base`, the Hugging Face files of the model that the run began from, is copied into it.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the previous checkpoint stays valid.
     """
-    final = iteration_folder(root, state.iteration)
+
+    def sharded() -> dict[str, Any]:
+        tensors = _model_state(chunks)
+        tensors["optimizer"] = _optimizer_state(optimizer, chunks, loading=False)
+        return tensors | {"iteration": state.iteration, "checkpoint_version": 3.0}
+
+    def beside(folder: Path) -> None:
+        write_json(folder / STATE, asdict(state))
+        write_text(folder / "run_config.yaml", config_text)
+        if base is not None:
+            shutil.copytree(base, folder / BASE)
+
+    final = _publish(iteration_folder(root, state.iteration), str(state.iteration), sharded, beside)
+    if dist.get_rank() == 0:
+        for old in _surplus(root, keep_last):
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def save_weights(root: Path, chunks: Sequence[LlamaModel], write_base: Callable[[Path], None]) -> Path:
+    """Write weights alone, from all ranks, as Megatron's `release` checkpoint.
+
+    Args:
+        write_base: writes the Hugging Face files of the model into the folder that it is given.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    return _publish(
+        root / RELEASE,
+        RELEASE,
+        lambda: _model_state(chunks) | {"iteration": 0, "checkpoint_version": 3.0},
+        lambda folder: write_base(folder / BASE),
+    )
+
+
+def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], beside: Callable[[Path], None]) -> Path:
+    """Write under a hidden name from all ranks, rename, point the tracker to it."""
+    root = final.parent
     partial = root / f".{final.name}.partial"
     first = dist.get_rank() == 0
     with disk_errors(final):
@@ -145,21 +191,15 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        sharded = _model_state(chunks)
-        sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=False)
-        sharded |= {"iteration": state.iteration, "checkpoint_version": 3.0}
-        _write(sharded, partial)
+        _write(sharded(), partial)
         dist.barrier()
         if first:
-            write_json(partial / STATE, asdict(state))
-            write_text(partial / "run_config.yaml", config_text)
+            beside(partial)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(partial, final)
             sync_directory(root)
-            write_text(root / TRACKER, f"{state.iteration}\n")
-            for old in _surplus(root, keep_last):
-                shutil.rmtree(old, ignore_errors=True)
+            write_text(root / TRACKER, f"{tracked}\n")
         dist.barrier()
     return final
 

@@ -32,7 +32,11 @@ def describe(plan: Plan) -> str:
         plan.mixture.table().splitlines() + [f"note: {note}" for note in plan.notes],
         [*_steps(plan), *_schedule(plan), *_compute(plan), *_evaluation(plan)],
         list(_memory(setting)),
-        [*_checkpoints(plan, setting), *_start(plan), *_line("data", f"fingerprint {fingerprint(plan.mixture)}")],
+        [
+            *_checkpoints(plan, setting),
+            *_start(plan),
+            *_line("data", f"fingerprint {fingerprint(plan.mixture.fingerprint())}"),
+        ],
         [
             "Computed: everything but activations and logits, which are estimated for fused kernels, as on a GPU.",
             "Not in the memory table: temporary buffers, the allocator's and the communication library's.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -21,6 +22,8 @@ from megacpt.files import disk_errors, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, run_batches, stage_reads_batches
 from megacpt.model.gpt import LlamaModel
+from megacpt.model.hf.fill import fill_weights
+from megacpt.model.hf.gate import check_import
 from megacpt.model.init import draw_weights
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
@@ -32,6 +35,7 @@ from megacpt.train.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
+from megacpt.train.exchange import GATE_SHAPE, HFOutput, export_checkpoint
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
@@ -180,11 +184,22 @@ class Job:
             self.optimizer,
             dump_config(self.plan.config),
             self.plan.config.save.keep_last,
+            _base_folder(self.plan),
         )
+        if self.plan.exports_after(self.progress.iteration):
+            self._export(folder)
         seconds = time.perf_counter() - began
         self.progress.interval_began += seconds
         if self.log is not None:
             self.log.say(f" saved {folder} in {seconds:.1f} s")
+
+    def _export(self, checkpoint: Path) -> None:
+        folder = Path(self.plan.config.save.dir) / "hf" / checkpoint.name
+        if folder.exists():
+            return  # written before the run was resumed
+        export_checkpoint(checkpoint, HFOutput(folder), lambda count: None)
+        if self.log is not None:
+            self.log.say(f" exported {folder}")
 
     def _state(self) -> TrainState:
         progress, mixture, layout = self.progress, self.plan.mixture, self.plan.layout
@@ -220,8 +235,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
-    if plan.resume is None:
-        _initial_weights(plan, chunks)
+    verdict = _initial_weights(plan, chunks) if plan.resume is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
@@ -231,6 +245,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     batch_layout = BatchLayout(
         config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
     )
+    log = _open_log(plan) if rank.is_first else None
+    if log is not None and verdict is not None:
+        log.say(verdict)
     return Job(
         plan=plan,
         rank=rank,
@@ -239,19 +256,44 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         optimizer=optimizer,
         batch_layout=batch_layout,
         batches=_training_batches(plan, batch_layout),
-        log=_open_log(plan) if rank.is_first else None,
+        log=log,
         progress=_progress(plan),
     )
 
 
-def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
+def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> str | None:
+    """Draw, load or import; returns what there is to say about an import."""
     init = plan.config.init
+    if init.hf is not None:
+        return _import_weights(plan, chunks)
     if init.checkpoint is None:
         draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
-        return
+        return None
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
     load_weights(folder, chunks)
+    return None
+
+
+def _import_weights(plan: Plan, chunks: list[LlamaModel]) -> str:
+    assert plan.origin is not None
+    source = plan.origin.source
+    assert source is not None, "init.hf has been opened"
+    fill_weights(chunks, source)
+    try:
+        if not plan.config.init.gate:
+            return f"NO GATE: whether the weights of {source.folder} were imported rightly has not been checked"
+        dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+        sequences, length = GATE_SHAPE
+        tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
+        return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
+    finally:
+        source.close()
+
+
+def _base_folder(plan: Plan) -> Path | None:
+    """Where the run keeps the small files of the Hugging Face model that it began from."""
+    return Path(plan.config.save.dir) / "hf_base" if plan.origin is not None else None
 
 
 def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:
@@ -288,6 +330,9 @@ def _open_log(plan: Plan) -> MetricsLog:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(config))
+        base = _base_folder(plan)
+        if base is not None and plan.origin is not None:
+            plan.origin.write(base, plan.architecture)
         remove_partial(folder / "checkpoints")
         return MetricsLog(
             folder,

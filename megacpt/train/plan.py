@@ -1,14 +1,15 @@
 """Everything that can be known before the first process group: the plan of a run, checked, for any layout."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megacpt.config.architecture import Architecture, resolve_architecture
+from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
 from megacpt.config.check import check_config, check_micro_batches
 from megacpt.config.tree import Config
 from megacpt.data.batches import BatchLayout
@@ -22,6 +23,7 @@ from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
+from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.schedule import LRSchedule
 
 SCAN_LIMIT = 256 << 20
@@ -34,6 +36,7 @@ class Vocabulary:
 
     size: int
     sha256: str | None
+    type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Plan:
     schedule: LRSchedule
     resume: Resume | None
     dtype: torch.dtype
+    origin: Origin | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,7 +91,12 @@ class Plan:
     def saves_after(self, iteration: int) -> bool:
         """Whether a checkpoint is written once `iteration` is finished."""
         interval = self.config.save.interval
-        return iteration == self.last_iteration or (interval is not None and iteration % interval == 0)
+        regular = interval is not None and iteration % interval == 0
+        return iteration == self.last_iteration or regular or self.exports_after(iteration)
+
+    def exports_after(self, iteration: int) -> bool:
+        """Whether that checkpoint is also written as a Hugging Face folder."""
+        return self.config.save.hf_every is not None and iteration % self.config.save.hf_every == 0
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
@@ -125,13 +134,15 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     sources, datasets = open_sources(specs)
     held_out = {name: IndexedDataset(path) for name, path in config.eval.sets.items()}
     vocabulary = _vocabulary(config, [s.path for s in specs] + list(config.eval.sets.values()))
-    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None)
+    resume = _find_resume(config)
+    origin = _origin(config, resume)
+    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin and origin.base)
     check_config(config, architecture)
+    _check_tokenizer(config, origin, vocabulary)
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
     _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
 
     budget = Budget(train.train_iters, train.train_samples, train.train_tokens)
-    resume = _find_resume(config)
     start = start_of(resume.state.mixture) if resume else Start()
     solved = (sources, config.data.seq_length, train.global_batch_size, train.seed, budget)
     mixture, notes = solve(*solved, start), []
@@ -156,7 +167,18 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
     schedule.check(mixture.steps_available, train.global_batch_size)
     plan = Plan(
-        config, layout, architecture, vocabulary, mixture, datasets, eval_sets, schedule, resume, dtype, tuple(notes)
+        config=config,
+        layout=layout,
+        architecture=architecture,
+        vocabulary=vocabulary,
+        mixture=mixture,
+        datasets=datasets,
+        eval_sets=eval_sets,
+        schedule=schedule,
+        resume=resume,
+        dtype=dtype,
+        origin=origin,
+        notes=tuple(notes),
     )
     _check_identity(plan)
     _check_init(plan)
@@ -175,6 +197,28 @@ def _find_resume(config: Config) -> Resume | None:
     return Resume(folder, state)
 
 
+def _origin(config: Config, resume: Resume | None) -> Origin | None:
+    """The Hugging Face model that the weights began as: of the checkpoint to go on from, or of `init`."""
+    if resume is not None:
+        return origin_of(resume.folder)
+    if config.init.hf is not None:
+        return open_hf(config.init.hf)
+    folder = find_checkpoint(config.init.checkpoint) if config.init.checkpoint is not None else None
+    return origin_of(folder) if folder is not None else None
+
+
+def _check_tokenizer(config: Config, origin: Origin | None, vocabulary: Vocabulary | None) -> None:
+    """Refuse tokens of another tokenizer than the model's; one that the configuration names is the user's own choice."""
+    if origin is None or vocabulary is None or config.tokenizer is not None:
+        return
+    own = find_tokenizer(origin.folder, vocabulary.type)
+    if own is not None and own.sha256 != vocabulary.sha256:
+        raise UserError(
+            f"{origin.folder}: its tokenizer (vocabulary {own.vocab_size:,}) is not the one that made the datasets "
+            f"(vocabulary {vocabulary.size:,}); preprocess them with the model's, or name theirs in the section tokenizer"
+        )
+
+
 def _check_identity(plan: Plan) -> None:
     if plan.resume is None:
         return
@@ -185,19 +229,6 @@ def _check_identity(plan: Plan) -> None:
                 f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
                 "choose another save.dir and start from these weights with init.checkpoint"
             )
-
-
-SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "untie_embeddings_and_output_weights",
-    "vocab_size",
-)
-"""What weights fix; the rest of an architecture (rotary base, longest sequence, ...) a new run may change."""
 
 
 def _check_init(plan: Plan) -> None:
@@ -214,7 +245,7 @@ def _check_init(plan: Plan) -> None:
     if state is None:
         return
     new = plan.identity()
-    for key in [f"model.{name}" for name in SHAPE] + ["tokenizer"]:
+    for key in [f"model.{name}" for name in WEIGHT_FIELDS] + ["tokenizer"]:
         if state.identity[key] != new[key] and None not in (state.identity[key], new[key]):
             raise UserError(
                 f"init.checkpoint {folder}: its {key} is {state.identity[key]}, this run's is {new[key]}; make them "
@@ -227,11 +258,13 @@ def _vocabulary(config: Config, prefixes: Sequence[str]) -> Vocabulary | None:
     found: dict[str, tuple[str, Vocabulary]] = {}
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.model)
-        found["the configured tokenizer"] = (config.tokenizer.model, Vocabulary(tokenizer.vocab_size, tokenizer.sha256))
+        own = Vocabulary(tokenizer.vocab_size, tokenizer.sha256, tokenizer.type)
+        found["the configured tokenizer"] = (config.tokenizer.model, own)
     for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is not None:
-            made_by = Vocabulary(manifest.tokenizer.vocab_size, manifest.tokenizer.sha256)
+            tokenizer_info = manifest.tokenizer
+            made_by = Vocabulary(tokenizer_info.vocab_size, tokenizer_info.sha256, tokenizer_info.type)
             found.setdefault(prefix, (prefix, made_by))
     if not found:
         return None
@@ -257,6 +290,6 @@ def _check_tokens(datasets: Sequence[IndexedDataset], vocab_size: int, vocabular
             dataset.check_vocabulary(vocab_size)
 
 
-def fingerprint(mixture: Mixture) -> str:
-    """A short name of the sequence of samples, for people to compare."""
-    return hashlib.sha256(repr(sorted(mixture.fingerprint().items())).encode()).hexdigest()[:12]
+def fingerprint(mixture: Mapping[str, Any]) -> str:
+    """A short name of the sequence of samples (`Mixture.fingerprint()`), for people to compare."""
+    return hashlib.sha256(json.dumps(mixture, sort_keys=True).encode()).hexdigest()[:12]

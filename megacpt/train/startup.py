@@ -28,7 +28,7 @@ def announce(job: Job) -> None:
     for line in (*plan.mixture.table().splitlines(), *plan.notes):
         log.say(line)
     if plan.resume is None:
-        start = plan.config.init.checkpoint
+        start = plan.config.init.checkpoint or plan.config.init.hf
         log.say(f"starting {'from the weights of ' + start if start else 'from fresh weights'}")
     elif plan.first_iteration >= plan.last_iteration:
         log.say(f"nothing to do: {plan.resume.folder} is the end of this plan ({plan.last_iteration} iterations)")

@@ -56,7 +56,10 @@ def _refuse_features(family: Family, config: Mapping[str, Any], where: str) -> N
                 f"{where}: {field} is {shown}, which this model class does not have (it needs {accepted[-1]}); "
                 "choose another model"
             )
-    window, longest = config.get("sliding_window", family.absent.get("sliding_window")), config.get("max_position_embeddings")
+    window, longest = (
+        config.get("sliding_window", family.absent.get("sliding_window")),
+        config.get("max_position_embeddings"),
+    )
     if window is not None and isinstance(longest, int) and window < longest:
         raise UserError(
             f"{where}: sliding_window is {window}, shorter than max_position_embeddings {longest}, and attention here is "

@@ -70,7 +70,7 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: already there; choose another --output or remove it")
 
 
-def export_model(job: Export, ranks: Ranks = Ranks(), report: Callable[[int], None] = lambda count: None) -> None:  # noqa: B008
+def export_model(job: Export, ranks: Ranks = Ranks(), report: Callable[[int], None] = lambda count: None) -> None:
     """Write the folder; `report` is called with the parameters of every tensor written.
 
     Raises:
@@ -179,14 +179,18 @@ def _write_rest(
     if len(files) > 1:
         total = sum(int(torch.Size(home.shape).numel()) for home in homes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in files.items() for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     config = config_for(job.architecture, job.base, job.family)
     # transformers 5 writes dtype, 4 torch_dtype; both read the latter.
     config.pop("dtype", None)
     write_json(folder / "config.json", config | {"torch_dtype": DTYPE_NAMES[dtype]})
     copy_companions(job.companions, folder, skip=("config.json",))
     if not (folder / "generation_config.json").is_file():
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+        ids = {
+            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
+        }
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     write_text(folder / "README.md", job.card)
 
@@ -200,9 +204,7 @@ def copy_companions(source: Path | None, folder: Path, skip: Sequence[str] = ())
             shutil.copyfile(source / name, folder / name)
 
 
-def model_card(
-    base: str | None, state: Mapping[str, Any] | None, checkpoint: Path, version: str
-) -> str:
+def model_card(base: str | None, state: Mapping[str, Any] | None, checkpoint: Path, version: str) -> str:
     """README.md of an exported model: where its weights come from.
 
     Args:

@@ -80,7 +80,9 @@ def check_import(
                 f"{source.folder}: imported weights do not compute what transformers computes from it: {name} is the "
                 f"first to depart ({ratio:.3g} times the tolerance); report this model, its conversion would be wrong"
             )
-    chain = _Comparison(reference, tolerance, len(chunks), replace_inputs=False).run(chunks, tokens, tolerance.chain)[-1]
+    chain = _Comparison(reference, tolerance, len(chunks), replace_inputs=False).run(chunks, tokens, tolerance.chain)[
+        -1
+    ]
     if not chain <= 1:
         raise UserError(
             f"{source.folder}: every imported layer agrees with transformers, but the logits end to end do not "

@@ -57,8 +57,10 @@ def write_companions(path: Path, folder: Path, config: dict[str, Any]) -> None:
 
 def _architecture(config: Any) -> str:
     named = getattr(config, "architectures", None)
-    return named[0] if named else {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}.get(
-        config.model_type, config.model_type
+    return (
+        named[0]
+        if named
+        else {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}.get(config.model_type, config.model_type)
     )
 
 

@@ -224,9 +224,7 @@ class _Safetensors:
             try:
                 self._open = safetensors.safe_open(path, framework="pt")
             except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path}: truncated, or not a safetensors file ({error}); download it again"
-                ) from error
+                raise UserError(f"{path}: truncated, or not a safetensors file ({error}); download it again") from error
             self._path = path
         return self._open
 

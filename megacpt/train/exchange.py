@@ -1,0 +1,160 @@
+"""Hugging Face folder to checkpoint and back: what tools/convert.py and `save.hf_every` call, on any number of ranks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megacpt
+from megacpt.config.architecture import Architecture
+from megacpt.config.check import check_layout
+from megacpt.config.tree import Model
+from megacpt.errors import UserError
+from megacpt.model.build import BuildOptions, build_chunks, transformer_config
+from megacpt.model.hf.export import SHARD_BYTES, Export, Ranks, check_output, export_model, model_card
+from megacpt.model.hf.families import LLAMA, family_of
+from megacpt.model.hf.fill import fill_weights
+from megacpt.model.hf.gate import Verdict, check_import
+from megacpt.model.hf.source import read_config
+from megacpt.train.checkpoint import TRACKER, find_checkpoint, read_state, save_weights
+from megacpt.train.origin import Origin, find_tokenizer, origin_of, provenance
+from megacpt.train.plan import fingerprint
+
+Report = Callable[[int], None]
+GATE_SHAPE = (4, 64)
+"""Sequences of the gate, and tokens in each."""
+GATE_TEXT = (
+    "The patient was given metformin at a dose of 500 mg twice daily. After twelve weeks her fasting glucose had fallen "
+    "from 9.8 to 6.9 mmol/L, and no adverse events were reported in either arm of the trial. ",
+    "It rained for most of the night, and by morning the river had reached the lower meadow. Nobody in the village could "
+    'remember a spring like it; "Not since my father was a boy," said the miller. ',
+    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    return sum(values) / len(values)\n\n"
+    "assert mean([1, 2, 3]) == 2  # integers divide into a float\n",
+    "Let f be continuous on [a, b] and differentiable on (a, b). Then there is a point c in (a, b) such that "
+    "f'(c) = (f(b) - f(a)) / (b - a). Die Größe der Änderung hängt nur von c ab. ",
+)
+"""Prose on medicine and on weather, code, and mathematics with some German: what the tool's gate reads."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to do with the model beside importing it. `gate`: compare with transformers first."""
+
+    output: Path
+    dtype: torch.dtype | None = None
+    gate: bool = True
+
+
+def import_model(origin: Origin, model: Model, job: Conversion, report: Report) -> tuple[Path, Verdict | None]:
+    """Build the model on the process groups that are up, fill it, pass the gate, save its weights as a checkpoint.
+
+    Raises:
+        UserError: the layout does not divide the model, the gate refuses, or the disk is full; nothing is left behind.
+    """
+    source, architecture = origin.source, origin.architecture
+    assert source is not None
+    check_import_layout(origin, model, job.output)
+    options = BuildOptions(job.dtype or source.dtype, restart_positions=False)
+    chunks = build_chunks(architecture, model, transformer_config(architecture, model, options), options)
+    fill_weights(chunks, source, report)
+    verdict = check_import(chunks, source, architecture, gate_tokens(origin)) if job.gate else None
+    folder = save_weights(job.output, chunks, lambda target: origin.write(target, architecture))
+    source.close()
+    return folder, verdict
+
+
+def check_import_layout(origin: Origin, model: Model, output: Path) -> None:
+    """Refuse what cannot be imported, before processes meet.
+
+    Raises:
+        UserError: TP or PP does not divide the model, or `output` holds checkpoints already.
+    """
+    check_layout(model, origin.architecture)
+    if (output / TRACKER).exists() or output.is_file():
+        raise UserError(f"{output}: already there; choose another --output or remove it")
+
+
+def gate_tokens(origin: Origin) -> torch.Tensor:
+    """Real text in the model's own tokens, int64 [4, 64]; seeded random tokens where the folder has no tokenizer."""
+    tokenizer = find_tokenizer(origin.folder)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, origin.architecture.vocab_size, GATE_SHAPE, generator=generator)
+    sequences, length = GATE_SHAPE
+    return torch.tensor([_repeated(tokenizer.encode(GATE_TEXT[i]).tolist(), length) for i in range(sequences)])
+
+
+def _repeated(ids: Sequence[int], length: int) -> list[int]:
+    return [ids[position % len(ids)] for position in range(length)]
+
+
+@dataclass(frozen=True)
+class HFOutput:
+    """How to write a Hugging Face folder. `tokenizer`: a folder with tokenizer files, instead of the checkpoint's own."""
+
+    folder: Path
+    dtype: torch.dtype | None = None
+    tokenizer: Path | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+def export_checkpoint(checkpoint: Path, output: HFOutput, report: Report) -> None:
+    """Write a checkpoint as a Hugging Face folder, on all ranks of the process group or on this process alone.
+
+    Raises:
+        UserError: the checkpoint says nothing of its shape, lacks a tensor or is damaged; the folder is there already.
+    """
+    check_output(output.folder)
+    origin, state = origin_of(checkpoint), read_state(checkpoint)
+    architecture = architecture_in(checkpoint)
+    config = read_config(origin.folder) if origin is not None else None
+    companions = output.tokenizer or (origin.folder if origin is not None else None)
+    known = None if state is None else asdict(state) | {"data": fingerprint(state.mixture)}
+    job = Export(
+        checkpoint=checkpoint,
+        output=output.folder,
+        family=LLAMA if config is None else family_of(config, str(checkpoint)),
+        architecture=architecture,
+        base=config,
+        companions=companions,
+        card=model_card(provenance(origin and origin.folder), known, checkpoint, megacpt.__version__),
+        dtype=output.dtype,
+        shard_bytes=output.shard_bytes,
+    )
+    if dist.is_initialized():
+        export_model(job, Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier), report)
+    else:
+        export_model(job, report=report)
+
+
+def architecture_in(checkpoint: Path) -> Architecture:
+    """The shape of a checkpoint's model: of the model it began from, or as megacpt noted it.
+
+    Raises:
+        UserError: the checkpoint says nothing of it.
+    """
+    origin, state = origin_of(checkpoint), read_state(checkpoint)
+    if origin is not None:
+        return origin.architecture
+    if state is None:
+        raise UserError(
+            f"{checkpoint}: says nothing of the model's shape (no hf/config.json, no megacpt.json); name a "
+            "checkpoint that megacpt wrote"
+        )
+    noted: dict[str, Any] = {f.name: state.identity[f"model.{f.name}"] for f in fields(Architecture)}
+    return Architecture(**noted)
+
+
+def checkpoint_at(place: Path) -> Path:
+    """The checkpoint that a command line names.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = find_checkpoint(place)
+    if folder is None:
+        raise UserError(f"{place}: no checkpoint there; name a run, its checkpoints or an iter_* folder")
+    return folder
