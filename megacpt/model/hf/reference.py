@@ -84,21 +84,24 @@ def _units(model: torch.nn.Module, decoder: str) -> dict[str, torch.nn.Module]:
 def _lend_weights(
     unit: torch.nn.Module, path: str, source: Source, device: torch.device, weight_dtype: torch.dtype
 ) -> None:
-    places = [(module, f"{path}.{inner}".rstrip("."), name) for inner, module in unit.named_modules()
-              for name in module._parameters]  # fmt: skip
-    empty = {place[1:]: place[0]._parameters[place[2]] for place in places}
+    places = [
+        (module, name, f"{path}.{inner}.{name}" if inner else f"{path}.{name}")
+        for inner, module in unit.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    empty = [module._parameters[name] for module, name, _ in places]
 
     def fill(*_: object) -> None:
-        for module, inner, name in places:
-            full = f"{inner}.{name}"
+        for module, name, full in places:
             # A tied output layer has no tensor of its own.
-            stored = full if full in source.tensors else next(iter(source.family.weights)).parts[0].name
+            stored = full if full in source.tensors else source.family.weights[0].parts[0].name
             tensor = source.read(stored).to(weight_dtype).to(device, torch.float32)
             module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
     def empty_again(*_: object) -> None:
-        for module, inner, name in places:
-            module._parameters[name] = empty[inner, name]
+        for (module, name, _), parameter in zip(places, empty, strict=True):
+            module._parameters[name] = parameter
 
     unit.register_forward_pre_hook(fill, prepend=True)
     unit.register_forward_hook(empty_again)
