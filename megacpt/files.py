@@ -26,7 +26,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def sync_directory(folder: Path) -> None:
-    """fsync a folder, so that a rename inside it survives a power cut."""
+    """fsync a folder, so that a rename inside it survives a power cut; or a file that a library wrote."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -151,6 +151,9 @@ def _write_file(
         tensors[name] = tensor.to(dtype).contiguous()
         report(tensor.numel())
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    # The library makes files that only their owner may read.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync_directory(path)
 
 
 def read_tensors(
