@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -121,6 +122,8 @@ def redirect_cuda() -> None:
     assert not torch.cuda.is_available(), "the CPU redirection must not be entered where there is a GPU"
     if getattr(torch.cuda.current_device, "redirected", False):
         return
+    # `with torch.device("meta")` knows factories by identity: let it see the real ones before they are wrapped.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -18,11 +18,8 @@ from tests.conftest import REPOSITORY
 from tests.model.hf.models import make_model, tensors_of
 
 UP = "model.layers.2.mlp.up_proj.weight"
-TOKENIZER = {
-    "added_tokens": [{"id": 2000, "content": "<|end|>", "special": True, "single_word": False, "lstrip": False,
-                      "rstrip": False, "normalized": False}],
-    "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "[UNK]": 2}, "unk_token": "[UNK]"},
-}  # fmt: skip
+WORDS = {f"word{number}": number for number in range(1003)} | {"[UNK]": 1003}
+TOKENIZER = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "[UNK]"}}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +112,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "tokenizer": (
         lambda f: (f / "tokenizer.json").write_text(json.dumps(TOKENIZER)),
-        ["tokenizer.json: the tokenizer has 2,001 tokens", "the embedding 1,003 rows"],
+        ["tokenizer.json: the tokenizer has 1,004 tokens", "the embedding 1,003 rows"],
     ),
     "pickle": (
         lambda f: to_pickle(f, extra=subprocess.Popen),

@@ -1,0 +1,118 @@
+"""Training that starts from a Hugging Face folder and leaves Hugging Face folders behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tests.jobs import small_config, write_corpus
+from tests.model.hf.models import make_model, tensors_of, transformers_logits
+from tests.ranks import run_ranks
+
+from megacpt.config.load import config_from
+from megacpt.config.tree import Config
+from megacpt.data.indexed import IndexedDataset
+from megacpt.train.__main__ import main
+
+KIND, VOCABULARY = "tied", 1003
+
+
+def configuration(folder: Path, run: str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A run without a single key of shape: the model brings it."""
+    tree = small_config(folder, {"vocab_size": VOCABULARY}).model_dump()
+    tree["model"] = {}
+    tree["train"] |= {"train_iters": 5}
+    tree["optimizer"] |= {"lr": 2e-3}
+    tree["init"] = {"hf": str(folder / "model")}
+    tree["save"] = {"dir": str(folder / run), "hf_every": 5}
+    for name, section in sections.items():
+        tree[name] = tree[name] | section
+    return tree
+
+
+def train_here(tree: dict[str, Any]) -> list[float]:
+    """Run to the end on this rank; losses of the steps, where this rank logs them."""
+    from tests.jobs import start
+
+    from megacpt.train.loop import train
+
+    config: Config = config_from(tree, "test")
+    job = start(config)
+    train(job)
+    if job.log is not None:
+        job.log.close()
+    rows = (Path(config.save.dir) / "metrics.jsonl").read_text().splitlines()
+    return [row["lm_loss"] for row in map(json.loads, rows) if "lm_loss" in row]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    make_model(folder / "model", KIND, initializer_range=0.05)
+    write_corpus(folder / f"corpus_{VOCABULARY}", VOCABULARY)
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
+    run = f"run_{tp}_{pp}"
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    tree = configuration(folder, run, model=layout, train={"train_iters": 5, "global_batch_size": 16})
+    losses = run_ranks(train_here, 2, tree)[0]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] - 0.05
+    exported = folder / run / "hf" / "iter_0000005"
+    before, after = tensors_of(folder / "model"), tensors_of(exported)
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    card = (exported / "README.md").read_text()
+    assert "| base model | model |" in card
+    assert "| steps | 5 |" in card
+    assert "| tokens of walks |" in card
+
+    # The first documents, scored by transformers before and after.
+    dataset = IndexedDataset(folder / f"corpus_{VOCABULARY}")
+    tokens = torch.tensor([dataset.read(d, 0, 20).tolist() for d in range(60) if dataset.lengths[d] >= 20][:8])
+    scores = [
+        torch.nn.functional.cross_entropy(transformers_logits(place, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        for place in (folder / "model", exported)
+    ]
+    assert scores[1] < scores[0]
+
+    # The export of a checkpoint is a start like any other, and so is the checkpoint.
+    again = configuration(folder, f"{run}_again", init={"hf": str(exported)}, train={"train_iters": 1})
+    onwards = configuration(
+        folder,
+        f"{run}_onwards",
+        init={"hf": None, "checkpoint": str(folder / run)},
+        train={"train_iters": 1},
+    )
+    assert run_ranks(train_here, 1, again)[0] == pytest.approx(run_ranks(train_here, 1, onwards)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"hidden_size": 64}}, ["model.hidden_size 64, but", "config.json has 48"]),
+        ({"model": {"preset": "tiny"}}, ["model.preset tiny has", "drop the key"]),
+        ({"init": {"hf": "nowhere"}}, ["nowhere: no such folder"]),
+        ({"model": {"pipeline_model_parallel_size": 3}}, ["num_layers 4"]),
+    ],
+)
+def test_refusals(
+    folder: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = configuration(folder, "never", **change)
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--dry-run", "--world-size", "3"]
+    tree["train"]["global_batch_size"] = 12
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (folder / "never").exists()
