@@ -90,6 +90,8 @@ def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
         train={"train_iters": 1},
     )
     assert run_ranks(train_here, 1, again)[0] == pytest.approx(run_ranks(train_here, 1, onwards)[0], rel=1e-6)
+    carried = folder / f"{run}_onwards" / "checkpoints" / "iter_0000001" / "hf" / "base.json"
+    assert json.loads(carried.read_text()) == {"base": "model"}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def make_model(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, max_shard: str = "150KB", **changes: Any
+) -> Path:
     """Save a random model as safetensors in several files; norms are random as well."""
     import transformers
 
@@ -48,7 +50,7 @@ def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **ch
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(folder, max_shard_size="150KB")
+    model.save_pretrained(folder, max_shard_size=max_shard)
     return folder
 
 
