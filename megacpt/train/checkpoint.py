@@ -11,7 +11,7 @@ import os
 import queue
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megacpt.config.architecture import DEFAULTS
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.gpt import LlamaModel
@@ -99,7 +100,9 @@ def read_state(folder: Path) -> TrainState | None:
     if not path.is_file():
         return None
     try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        unsaid = {f"model.{name}": value for name, value in DEFAULTS.items()}
+        return replace(state, identity=unsaid | state.identity)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint by editing {TRACKER}") from error
 

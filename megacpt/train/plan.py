@@ -21,6 +21,7 @@ from megacpt.data.mixture import Budget, Mixture, Start
 from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
+from megacpt.model.hf.families import family_for
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
@@ -138,6 +139,8 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     origin = _origin(config, resume)
     architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin and origin.base)
     check_config(config, architecture)
+    if config.save.hf_every is not None and origin is None:
+        family_for(architecture)
     _check_tokenizer(config, origin, vocabulary)
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
     _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)

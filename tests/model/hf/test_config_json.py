@@ -11,7 +11,7 @@ from megacpt.config.presets import MODEL_PRESETS
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.hf.config_json import architecture_from, config_for
-from megacpt.model.hf.families import FAMILIES, LLAMA
+from megacpt.model.hf.families import FAMILIES, LLAMA, family_for
 from tests.model.hf.models import COMMON, SHAPES
 
 # Llama-3.1-8B as published, with the field names of transformers 4.
@@ -55,10 +55,11 @@ def test_a_published_config_is_its_preset() -> None:
 @pytest.mark.parametrize("preset", [name for name in MODEL_PRESETS if name != "tiny"])
 def test_a_new_config_reads_back_here_and_in_transformers(preset: str) -> None:
     architecture = resolve_architecture(Model(preset=preset), None)
-    config = config_for(architecture, None, LLAMA)
+    family = family_for(architecture)
+    config = config_for(architecture, None, family)
     assert architecture_from(config, "config.json") == architecture
-    read = transformers.LlamaConfig.from_dict(dict(config)).to_dict()
-    assert architecture_from(read | {"architectures": ["LlamaForCausalLM"]}, "config.json") == architecture
+    read = transformers.CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()
+    assert architecture_from(read | {"architectures": [family.architecture]}, "config.json") == architecture
 
 
 @pytest.mark.parametrize("kind", sorted(SHAPES))
