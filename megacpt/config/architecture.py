@@ -84,8 +84,8 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
     With `base`, that model's numbers: keys may override what weights do not fix, and a preset has to agree.
 
     Raises:
-        UserError: unknown preset, a field that nothing gives, a shape that does not fit together, or one that contradicts
-            the base.
+        UserError: unknown preset, a field that nothing gives, a shape that does not fit together, or one
+            that contradicts the base.
     """
     if model.preset is not None and model.preset not in MODEL_PRESETS:
         near = difflib.get_close_matches(model.preset, MODEL_PRESETS, n=1, cutoff=0.0)[0]

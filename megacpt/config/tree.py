@@ -171,7 +171,7 @@ class Save(Section):
     keep_last: PositiveInt | None = Field(None, description="checkpoints kept; null: all")
     hf_every: PositiveInt | None = Field(
         None,
-        description="steps between exports to DIR/hf/iter_*, Hugging Face folders; a checkpoint is saved with each",
+        description="steps between exports to DIR/hf/iter_* (Hugging Face folders); and at the end",
     )
 
 

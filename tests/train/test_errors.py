@@ -72,7 +72,7 @@ def _source(path: object) -> tiny.Tree:
         ({"model": {"sequence_parallel": True}}, ["sequence_parallel needs"]),
         ({"optimizer": {"overlap_param_gather": True}}, ["use_distributed_optimizer"]),
         ({"schedule": {"lr_decay_style": "WSD"}}, ["lr_wsd_decay_iters"]),
-        ({"init": {"hf": "somewhere"}}, ["init.hf", "init.checkpoint"]),
+        ({"init": {"hf": "somewhere"}}, ["somewhere: no such folder"]),
         ({"init": {"checkpoint": "nowhere"}}, ["nowhere", "no checkpoint there"]),
         ({"model": {"vocab_size": 500}}, ["document", "token", "vocabulary has 500"]),
         ({"eval": {"sets": {"other": "absent_prefix"}}}, ["absent_prefix.idx", "no such file"]),

@@ -102,7 +102,7 @@ class Family:
 
 
 def checkpoint_key(key: str) -> str:
-    """Megatron's local names (a norm of its own before each linear layer) as the Transformer Engine names of checkpoints."""
+    """A key with Megatron's local names (norms apart from the linear layers) as Transformer Engine names it."""
     for local, fused in CHECKPOINT_NAMES.items():
         key = key.replace(f".{local}", f".{fused}")
     return key
@@ -208,7 +208,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if name is None:
         # Old conversion scripts leave it out.
         name = next((f.architecture for f in FAMILIES.values() if f.model_type == config.get("model_type")), None)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"{where}: architecture {name or config.get('model_type') or 'unnamed'} is not supported; "
             f"megacpt imports {', '.join(FAMILIES)}"

@@ -96,7 +96,7 @@ def test_config_of_transformers_5(kind: str, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match="^DIR/config.json: ") as refusal:
+    with pytest.raises(UserError, match=r"^DIR/config\.json: ") as refusal:
         architecture_from(LLAMA31_8B | change, "DIR/config.json")
     assert words in str(refusal.value)
 

