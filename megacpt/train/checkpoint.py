@@ -149,15 +149,15 @@ def save_checkpoint(
             os.rename(partial, final)
             sync_directory(root)
             write_text(root / TRACKER, f"{state.iteration}\n")
-            for old in _surplus(root, keep_last):
+            for old in _surplus(final, keep_last):
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
     return final
 
 
 def _write(sharded: dict[str, Any], folder: Path) -> None:
-    # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports the
-    # main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
+    # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports
+    # the main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     try:
@@ -169,8 +169,9 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
         raise
 
 
-def _surplus(root: Path, keep_last: int | None) -> list[Path]:
-    return sorted(root.glob("iter_*"))[:-keep_last] if keep_last else []
+def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
+    # Checkpoints beyond `newest` are there when a user went back to an older one: they are not this run's to count.
+    return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
 def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megacpt.errors import UserError
 from megacpt.files import disk_errors, write_text
 
 Row = dict[str, Any]
@@ -115,7 +114,7 @@ class MetricsLog:
     what stays, so that a resumed run leaves no trace of steps that were lost.
 
     Raises:
-        UserError: the folder cannot be written, or W&B is asked for and not installed.
+        UserError: the folder cannot be written.
     """
 
     def __init__(
@@ -188,12 +187,8 @@ def _summary_writer(folder: Path) -> Any:
 
 
 def _wandb_run(project: str, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "logging.wandb_project is set, but wandb is not installed; install it or unset the key"
-        ) from error
+    import wandb
+
     return wandb.init(project=project, dir=str(folder), name=folder.name)
 
 

@@ -36,6 +36,6 @@ def announce(job: Job) -> None:
         log.say(f"resuming from {plan.resume.folder}")
         if plan.resume.state.layout["threads"] != job.rank.threads:
             log.say(
-                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, {job.rank.threads} "
-                "go on: sums may round differently (runtime.threads sets them)"
+                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, "
+                f"{job.rank.threads} go on: sums may round differently (runtime.threads sets them)"
             )

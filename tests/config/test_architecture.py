@@ -16,4 +16,3 @@ def test_channels_per_head_follow_from_width_and_heads() -> None:
     for width in (2, 34):
         with pytest.raises(UserError, match=rf"hidden_size {width} .*num_attention_heads 4.*kv_channels"):
             resolve_architecture(Model(**shape, **rest, hidden_size=width, num_attention_heads=4), None)
-

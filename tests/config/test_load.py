@@ -25,7 +25,12 @@ def _file(folder: Path, text: str = TEXT) -> Path:
 
 
 def test_numbers_sections_and_overrides(tmp_path: Path) -> None:
-    overrides = ["train.train_iters=7", "optimizer.min_lr=1e-5", "data.sources.general={path: g, weight: 1}", "eval.at=[0, 3]"]
+    overrides = [
+        "train.train_iters=7",
+        "optimizer.min_lr=1e-5",
+        "data.sources.general={path: g, weight: 1}",
+        "eval.at=[0, 3]",
+    ]
     config = load_config(_file(tmp_path), overrides)
     assert (config.optimizer.lr, config.optimizer.min_lr, config.train.train_iters) == (3e-4, 1e-5, 7)
     assert config.data.sources["general"].weight == 1.0
@@ -77,7 +82,9 @@ def test_refused_files(tmp_path: Path, text: str, words: list[str]) -> None:
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.parametrize("example", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "example", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
 def test_examples_load(example: Path) -> None:
     config = load_config(example)
     assert yaml.safe_load(dump_config(config))["save"]["dir"] == config.save.dir
