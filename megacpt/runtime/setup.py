@@ -13,11 +13,14 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megacpt.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h: the signal that a process gets when its parent ends."""
+SPOKEN = "megacpt/spoken"
+"""The key in the group's store that counts the ranks with an error to tell."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,21 @@ def _model_parallel_groups(layout: Layout, timeout_minutes: float) -> None:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
+
+
+def first_to_speak() -> bool:
+    """Whether this rank is the one to tell the user of an error: of a group the first to ask, else rank 0.
+
+    Before there is a group all ranks meet the same error; later it may be one rank's alone.
+    """
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    return _get_default_store().add(SPOKEN, 1) == 1
+
+
+def another_spoke() -> bool:
+    """Whether some rank of the group has told the user of an error; the others then fall over in a collective."""
+    return dist.is_initialized() and _get_default_store().check([SPOKEN])
 
 
 def teardown() -> None:

@@ -158,7 +158,7 @@ def save_checkpoint(
             os.rename(partial, final)
             sync_directory(root)
             write_text(root / TRACKER, f"{state.iteration}\n")
-            for old in _surplus(root, keep_last):
+            for old in _surplus(final, keep_last):
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
     return final
@@ -178,8 +178,9 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
         raise
 
 
-def _surplus(root: Path, keep_last: int | None) -> list[Path]:
-    return sorted(root.glob("iter_*"))[:-keep_last] if keep_last else []
+def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
+    # Checkpoints beyond `newest` are there when a user went back to an older one: they are not this run's to count.
+    return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
 def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:

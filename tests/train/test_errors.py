@@ -1,5 +1,6 @@
 """A user's mistake: one sentence that says what is wrong and where, exit code 2, nothing written."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from megacpt.data.indexed import write_dataset
+from megacpt.data.order import shuffled_pass
+from megacpt.train import plan
 from megacpt.train.__main__ import main
 from tests.ranks import run_ranks
 from tests.train import tiny
@@ -76,6 +79,7 @@ def _source(path: object) -> tiny.Tree:
         ({"init": {"checkpoint": "nowhere"}}, ["nowhere", "no checkpoint there"]),
         ({"model": {"vocab_size": 500}}, ["document", "token", "vocabulary has 500"]),
         ({"eval": {"sets": {"other": "absent_prefix"}}}, ["absent_prefix.idx", "no such file"]),
+        ({"logging": {"wandb_project": "x"}}, ["logging.wandb_project", "wandb is not installed"]),
     ],
 )
 def test_configuration(complaint: Complaint, change: tiny.Tree, words: list[str]) -> None:
@@ -99,6 +103,30 @@ def test_layouts(complaint: Complaint, overrides: list[str], words: list[str]) -
     sentence = complaint({}, "--dry-run", "--world-size", "3", *overrides)
     if "TP 3 does" not in words[0]:
         assert all(word in sentence for word in words), sentence
+
+
+def _train_unscanned(tree: tiny.Tree, folder: Path) -> int:
+    """The command line on this rank, with stderr in a file, on datasets too large to be scanned beforehand."""
+    plan.SCAN_LIMIT = 0
+    configuration = folder / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tree))
+    with open(folder / f"rank{os.environ['RANK']}", "w") as stderr, contextlib.redirect_stderr(stderr):
+        return main(["--config", str(configuration)])
+
+
+def test_one_rank_alone_meets_an_error(corpora: Path, tmp_path: Path) -> None:
+    """Of a step's two samples the second is read by rank 1 only: it must speak, and only it."""
+    lengths = np.array([33, 32])
+    write_dataset(tmp_path / "foreign", np.dtype(np.uint16), [np.zeros(33), np.full(32, tiny.VOCABULARY)])
+    seed = next(seed for seed in range(99) if shuffled_pass(lengths, seed, "medical", 0).documents.tolist() == [0, 1])
+    train = {"train": {"micro_batch_size": 1, "global_batch_size": 2, "seed": seed}, "eval": {"at": []}}
+    tree = tiny.tree(corpora, "x", train, {"save": {"dir": str(tmp_path / "run")}})
+    tree["data"]["sources"] = {"medical": {"path": str(tmp_path / "foreign"), "epochs": 1}}
+    assert run_ranks(_train_unscanned, 2, tree, tmp_path) == [2, 2]
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert said[0] == ""
+    assert said[1].startswith("error: ")
+    assert "foreign.bin: document 1 holds token 1000" in said[1]
 
 
 def test_datasets(complaint: Complaint, corpora: Path, tmp_path: Path) -> None:
@@ -152,6 +180,15 @@ def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     assert f"127.0.0.1:{port}" in result.stderr
     assert "in use" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_folder_is_a_file(corpora: Path, tmp_path: Path) -> None:
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(configuration)}})))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert f"{configuration}: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.fixture
