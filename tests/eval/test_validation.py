@@ -15,7 +15,6 @@ ITERS = 1000
 
 def validate(tree: tiny.Tree, world: int) -> dict[str, tuple[float, int]]:
     """Loss and tokens of each set under fresh weights."""
-    from megacpt.data.batches import BatchLayout
     from megacpt.eval.validation import evaluate
     from megacpt.runtime.setup import setup
     from megacpt.train.job import build_job
@@ -24,7 +23,6 @@ def validate(tree: tiny.Tree, world: int) -> dict[str, tuple[float, int]]:
     config = config_from(tree, "test")
     plan = make_plan(config, world, on_gpu=False)
     job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
-    assert isinstance(job.batch_layout, BatchLayout)
     found = {}
     for name, eval_set in plan.eval_sets.items():
         result = evaluate(job.wrapped, eval_set, job.batch_layout, config.data.seq_length, documents=False)
