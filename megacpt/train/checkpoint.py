@@ -28,6 +28,8 @@ from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_stat
 
 FAILURES = (Exception, CheckpointException)
 """What a failing save or load raises; torch's own class is no Exception."""
+WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+"""How megatron-core's names of a GPTModel's weights begin."""
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "megacpt.json"
 
@@ -73,7 +75,7 @@ def find_checkpoint(place: str | Path) -> Path | None:
         place = place / "checkpoints"
     if not (place / TRACKER).is_file():
         return None
-    content = (place / TRACKER).read_text(encoding="utf-8").strip()
+    content = (place / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     if content == "release":
         folder = place / "release"
     elif content.isdigit():
@@ -174,9 +176,27 @@ def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
     return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
-    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed."""
-    _restore_weights(chunks, _load(_model_state(chunks), folder))
+def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) -> None:
+    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed.
+
+    Raises:
+        UserError: the checkpoint's weights are not exactly this model's, in name and shape, or lack tokens of it.
+    """
+    loaded, left_over, absent = _load(_model_state(chunks), folder, strict="return_all")
+    for has, keys in (("lacks", absent), ("holds", left_over)):
+        weights = sorted(key for key in keys if key.startswith(WEIGHTS) and "_extra_state" not in key)
+        if weights:
+            raise UserError(
+                f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
+                "checkpoint of the same model, or correct model.*"
+            )
+    rows = dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].global_shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"{folder}: has {rows:,} rows of vocabulary, this run needs {vocab_size:,}; use its own tokenizer, or "
+            "correct model.vocab_size"
+        )
+    _restore_weights(chunks, loaded)
 
 
 def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, iteration: int) -> None:
@@ -188,11 +208,12 @@ def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOpti
     load_optimizer_state(optimizer, loaded["optimizer"], iteration)
 
 
-def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
     try:
-        return dist_checkpointing.load(sharded, str(folder))
+        return dist_checkpointing.load(sharded, str(folder), **options)
     except FAILURES as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise UserError(
             f"{folder}: cannot be loaded ({reason[:300]}); it is damaged or of another model, choose another checkpoint"
         ) from error

@@ -258,7 +258,7 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
         return
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks)
+    load_weights(folder, chunks, plan.architecture.vocab_size)
 
 
 def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:

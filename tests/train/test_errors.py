@@ -148,6 +148,34 @@ def test_starting_weights_of_another_model(complaint: Complaint, corpora: Path) 
     assert "its model.hidden_size is 48, this run's is 64" in complaint({**start, "model": {"hidden_size": 64}})
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_layers": 2}, "Global shape mismatch"),
+        ({"vocab_size": 1400}, "1,024 rows of vocabulary, this run needs 1,400"),
+        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which this run's model has not"),
+    ],
+)
+def test_starting_weights_of_a_foreign_checkpoint(corpora: Path, tmp_path: Path, model: tiny.Tree, words: str) -> None:
+    """Without megacpt.json there is nothing but the tensors themselves to compare."""
+    (folder,) = (corpora / "base" / "checkpoints").glob("iter_*")
+    foreign = shutil.copytree(folder, tmp_path / folder.name)
+    (foreign / "megacpt.json").unlink()
+    change = {"init": {"checkpoint": str(foreign)}, "save": {"dir": str(tmp_path / "run")}, "model": model}
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", change), sort_keys=False))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_tracker(corpora: Path, complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    assert "expected an iteration" in complaint({"init": {"checkpoint": str(tmp_path)}})
+
+
 def test_damaged_checkpoint(corpora: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(corpora / "base", run)
