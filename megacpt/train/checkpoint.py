@@ -10,7 +10,8 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def save_checkpoint(
     final = iteration_folder(root, state.iteration)
     partial = root / f".{final.name}.partial"
     first = dist.get_rank() == 0
-    with disk_errors(final):
+    with disk_errors(final), _removed_on_failure(partial):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -155,6 +156,15 @@ def save_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
     return final
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _write(sharded: dict[str, Any], folder: Path) -> None:

@@ -296,8 +296,9 @@ def _open_log(plan: Plan) -> MetricsLog:
     config, folder = plan.config, Path(plan.config.save.dir)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump_config(config))
+        # First, for what a killed save left may have filled the disk.
         remove_partial(folder / "checkpoints")
+        write_text(folder / "config.yaml", dump_config(config))
         return MetricsLog(
             folder,
             plan.first_iteration,

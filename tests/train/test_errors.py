@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 
 from megacpt.data.indexed import write_dataset
 from megacpt.data.order import shuffled_pass
+from megacpt.runtime import setup
 from megacpt.train import plan
 from megacpt.train.__main__ import main
 from tests.ranks import run_ranks
@@ -210,6 +212,19 @@ def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_rank_gets_time_to_speak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all ranks as soon as one ends: another rank must not end before the first has spoken."""
+    monkeypatch.setattr(setup, "GRACE_S", 0.5)
+    for rank, least in (("0", 0.0), ("1", 0.5)):
+        monkeypatch.setenv("RANK", rank)
+        began = time.monotonic()
+        assert main(["--config", str(tmp_path / "absent.yaml")]) == 2
+        assert time.monotonic() - began >= least
+        assert "absent.yaml: cannot be read" in capsys.readouterr().err
+
+
 def test_the_run_folder_is_a_file(corpora: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "config.yaml"
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(configuration)}})))
@@ -241,5 +256,6 @@ def test_full_disk_keeps_the_last_checkpoint(corpora: Path, tmp_path: Path, smal
     assert "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr
     checkpoints = small_disk / "run" / "checkpoints"
+    assert not list(checkpoints.glob(".*"))
     latest = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
     assert (checkpoints / f"iter_{int(latest):07d}" / "megacpt.json").is_file()
