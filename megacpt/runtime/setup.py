@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,8 @@ PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h: the signal that a process gets when its parent ends."""
 SPOKEN = "megacpt/spoken"
 """The key in the group's store that counts the ranks with an error to tell."""
+GRACE_S = 15.0
+"""How long other ranks leave it to rank 0 to tell of an error."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,15 @@ def _model_parallel_groups(layout: Layout, timeout_minutes: float) -> None:
 
 
 def first_to_speak() -> bool:
-    """Whether this rank is the one to tell the user of an error: of a group the first to ask, else rank 0.
+    """Whether this rank is the one to tell the user of an error; the first to ask in a group is.
 
-    Before there is a group all ranks meet the same error; later it may be one rank's alone.
+    Before there is a group, all ranks most likely meet the same error and rank 0 tells it. As torchrun ends all ranks
+    when one has ended, the others wait here to be ended; one that nobody ends has an error of its own, and tells it.
     """
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(GRACE_S)
+        return True
     return _get_default_store().add(SPOKEN, 1) == 1
 
 

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from megacpt.config.load import load_config
 from megacpt.errors import UserError
 from megacpt.runtime.setup import (
@@ -51,9 +53,7 @@ def run(parsed: argparse.Namespace) -> None:
     die_with_launcher()
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
-    # Imported late: --help and a wrong key should answer before torch and megatron-core are loaded.
-    import torch
-
+    # Imported late: --help and a wrong key should answer before megatron-core is loaded.
     from megacpt.train.plan import make_plan
 
     world_size = parsed.world_size or world_size_from_environment()

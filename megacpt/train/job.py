@@ -258,7 +258,7 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
         return
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks)
+    load_weights(folder, chunks, plan.architecture.vocab_size)
 
 
 def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:
@@ -296,8 +296,9 @@ def _open_log(plan: Plan) -> MetricsLog:
     config, folder = plan.config, Path(plan.config.save.dir)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump_config(config))
+        # First, for what a killed save left may have filled the disk.
         remove_partial(folder / "checkpoints")
+        write_text(folder / "config.yaml", dump_config(config))
         return MetricsLog(
             folder,
             plan.first_iteration,

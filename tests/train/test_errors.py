@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import yaml
 
 from megacpt.data.indexed import write_dataset
 from megacpt.data.order import shuffled_pass
+from megacpt.runtime import setup
 from megacpt.train import plan
 from megacpt.train.__main__ import main
 from tests.ranks import run_ranks
@@ -148,6 +150,34 @@ def test_starting_weights_of_another_model(complaint: Complaint, corpora: Path) 
     assert "its model.hidden_size is 48, this run's is 64" in complaint({**start, "model": {"hidden_size": 64}})
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_layers": 2}, "Global shape mismatch"),
+        ({"vocab_size": 1400}, "1,024 rows of vocabulary, this run needs 1,400"),
+        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which this run's model has not"),
+    ],
+)
+def test_starting_weights_of_a_foreign_checkpoint(corpora: Path, tmp_path: Path, model: tiny.Tree, words: str) -> None:
+    """Without megacpt.json there is nothing but the tensors themselves to compare."""
+    (folder,) = (corpora / "base" / "checkpoints").glob("iter_*")
+    foreign = shutil.copytree(folder, tmp_path / folder.name)
+    (foreign / "megacpt.json").unlink()
+    change = {"init": {"checkpoint": str(foreign)}, "save": {"dir": str(tmp_path / "run")}, "model": model}
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", change), sort_keys=False))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_tracker(corpora: Path, complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    assert "expected an iteration" in complaint({"init": {"checkpoint": str(tmp_path)}})
+
+
 def test_damaged_checkpoint(corpora: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(corpora / "base", run)
@@ -182,6 +212,19 @@ def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_rank_gets_time_to_speak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all ranks as soon as one ends: another rank must not end before the first has spoken."""
+    monkeypatch.setattr(setup, "GRACE_S", 0.5)
+    for rank, least in (("0", 0.0), ("1", 0.5)):
+        monkeypatch.setenv("RANK", rank)
+        began = time.monotonic()
+        assert main(["--config", str(tmp_path / "absent.yaml")]) == 2
+        assert time.monotonic() - began >= least
+        assert "absent.yaml: cannot be read" in capsys.readouterr().err
+
+
 def test_the_run_folder_is_a_file(corpora: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "config.yaml"
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(configuration)}})))
@@ -213,5 +256,6 @@ def test_full_disk_keeps_the_last_checkpoint(corpora: Path, tmp_path: Path, smal
     assert "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr
     checkpoints = small_disk / "run" / "checkpoints"
+    assert not list(checkpoints.glob(".*"))
     latest = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
     assert (checkpoints / f"iter_{int(latest):07d}" / "megacpt.json").is_file()
