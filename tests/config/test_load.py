@@ -51,6 +51,7 @@ def test_the_resolved_configuration_is_one_again(tmp_path: Path) -> None:
         ("optimizer.lr=.inf", ["optimizer.lr", "inf"]),
         ("model.init_method_std=.nan", ["model.init_method_std", "nan"]),
         ("train.global_batch_size=yes", ["train.global_batch_size", "True"]),
+        ("train.seed=9223372036854775808", ["train.seed", "less than"]),
         ("save.keep_last=1.5", ["save.keep_last", "1.5"]),
         ("train.train_iter=1", ["unknown key 'train.train_iter'", "'train.train_iters'"]),
         ("train=3.x", ["train"]),
