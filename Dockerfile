@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
 # On NVIDIA's PyTorch image, whose torch, Transformer Engine, apex, flash-attn and NCCL belong together and stay as is.
-# Not built by the tests.
+# Not built by the tests. IMAGE has no default, since where it lies is a site's choice: NGC's pytorch:26.06-py3 or newer.
 #
-#   docker build -t megacpt .
+#   docker build --build-arg IMAGE=... -t megacpt .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/megacpt/runs" -it megacpt
 
-ARG IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
-FROM ${IMAGE}
+ARG IMAGE
+FROM ${IMAGE:?give --build-arg IMAGE=, the NVIDIA PyTorch image to build on}
 
 WORKDIR /megacpt
 COPY . .

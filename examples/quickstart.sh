@@ -24,27 +24,21 @@ fi
 
 for name in {medical,general}.{train,valid}; do
     prefix=$data/${name/./_}
-    if [[ ! -f ${prefix}_text_document.idx ]]; then
+    if [[ ! -f ${prefix}_text_document.bin ]]; then # what preprocessing writes last
         python tools/preprocess.py --input "$data/$name.jsonl" --json-keys text --output-prefix "$prefix" \
-            --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --append-eod --workers 2
+            --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --append-eod --workers 2 --overwrite
     fi
 done
 
 torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_base.yaml
 torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_cpt.yaml
 
-python - "$run" <<'SUMMARY'
-import json
-import sys
-from pathlib import Path
+cat <<WHERE
 
-run = Path(sys.argv[1])
-rows = [json.loads(line) for line in (run / "cpt/metrics.jsonl").read_text().splitlines()]
-print("\ncontinual pre-training, held-out loss (first, highest, last):")
-for name in dict.fromkeys(row["validation"] for row in rows if "validation" in row):
-    curve = [row for row in rows if row.get("validation") == name]
-    top = max(curve, key=lambda row: row["loss"])
-    print(f"  {name:8} {curve[0]['loss']:.3f}  {top['loss']:.3f} (step {top['iteration']})  {curve[-1]['loss']:.3f}")
-for what in ("data", "tokenizer.model", "base/checkpoints", "cpt/checkpoints", "cpt/metrics.jsonl"):
-    print(f"{run / what}")
-SUMMARY
+The lines "validation loss of ..." above say what the two losses did.
+  text and tokens     $data
+  tokenizer           $tokenizer
+  base model          $run/base/checkpoints
+  continued model     $run/cpt/checkpoints
+  numbers of its run  $run/cpt/metrics.jsonl, or: $(dirname "$(command -v python)")/tensorboard --logdir $run
+WHERE

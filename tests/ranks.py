@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ TIMEOUT_S = 300.0
 
 
 def _rank(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, results: Any
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, out: Connection
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     import torch.distributed as dist
@@ -23,9 +27,10 @@ def _rank(
     try:
         quiet_third_parties()
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-        results.put((rank, function(*arguments), None))
+        # Pickled here: through a Connection, torch would send tensors as handles that die with this process.
+        out.send_bytes(pickle.dumps((function(*arguments), None)))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        out.send_bytes(pickle.dumps((None, traceback.format_exc())))
         os._exit(1)
     teardown()
 
@@ -39,22 +44,40 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        results = context.SimpleQueue()
         meeting = str(Path(folder) / "meeting")
-        ranks = [
-            context.Process(target=_rank, args=(function, arguments, rank, world, meeting, results))
-            for rank in range(world)
-        ]
-        for process in ranks:
+        processes: list[BaseProcess] = []
+        readers: list[Connection] = []
+        for rank in range(world):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(function, arguments, rank, world, meeting, writer))
             process.start()
-        collected: dict[int, Any] = {}
-        for _ in range(world):
-            rank, value, error = results.get()
-            if error is not None:
-                for process in ranks:
-                    process.kill()
-                raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
-            collected[rank] = value
-        for process in ranks:
-            process.join(TIMEOUT_S)
-    return [collected[rank] for rank in range(world)]
+            writer.close()
+            processes.append(process)
+            readers.append(reader)
+        try:
+            results = _collect(readers)
+            for process in processes:
+                process.join(TIMEOUT_S)
+        finally:
+            for process in processes:
+                process.kill()
+    return results
+
+
+def _collect(readers: list[Connection]) -> list[Any]:
+    """What each rank sent, or the first failure: a traceback, a death without one, or too long a silence."""
+    results: dict[Connection, Any] = {}
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(results) < len(readers):
+        ready = wait([reader for reader in readers if reader not in results], deadline - time.monotonic())
+        assert ready, f"no result from {len(readers) - len(results)} of {len(readers)} ranks in {TIMEOUT_S:.0f} s"
+        for reader in ready:
+            assert isinstance(reader, Connection)
+            place = f"rank {readers.index(reader)} of {len(readers)}"
+            try:
+                value, error = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                raise AssertionError(f"{place} died without a result") from None
+            assert error is None, f"{place} failed:\n{error}"
+            results[reader] = value
+    return [results[reader] for reader in readers]

@@ -67,7 +67,9 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
     )
 
 
-def build_chunks(architecture: Architecture, model: Model, config: TransformerConfig, options: BuildOptions) -> list[LlamaModel]:
+def build_chunks(
+    architecture: Architecture, model: Model, config: TransformerConfig, options: BuildOptions
+) -> list[LlamaModel]:
     """This rank's model: one chunk, or one per virtual pipeline stage. Parameters are not initialised."""
     virtual = model.virtual_pipeline_model_parallel_size
     padded = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, model.tensor_model_parallel_size)
@@ -92,6 +94,7 @@ def freeze_layers(chunks: list[LlamaModel], freeze: Freeze) -> int:
     """Stop gradients into the parameters of the outermost layers; returns how many layers of this rank it froze."""
     frozen = 0
     for chunk in chunks:
+        chunk.some_layers_frozen = freeze.bottom + freeze.top > 0
         for layer in chunk.decoder.layers:
             position = layer.layer_number - 1
             if position < freeze.bottom or position >= chunk.config.num_layers - freeze.top:

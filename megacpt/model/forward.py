@@ -41,7 +41,9 @@ def _loss(batch: Batch, sources: int, losses_BS: torch.Tensor) -> tuple[torch.Te
     return (losses_BS * mask).sum(), mask.sum().to(torch.int), sums
 
 
-def forward_step(sources: int, device: torch.device, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+def forward_step(
+    sources: int, device: torch.device, iterator: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Any, Callable[..., Any]]:
     """Run one micro-batch through this stage; returns its output and the function that turns it into the loss."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
     documents = batch.get("document_ids")
@@ -59,7 +61,12 @@ def forward_step(sources: int, device: torch.device, iterator: Iterator[Batch], 
 
 
 def run_batches(
-    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], sources: int, sample_shape: tuple[int, int], *, train: bool
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Batch],
+    sources: int,
+    sample_shape: tuple[int, int],
+    *,
+    train: bool,
 ) -> torch.Tensor:
     """Forward (and backward) over this rank's micro-batches; loss and tokens by source over all ranks.
 

@@ -18,19 +18,23 @@ class LlamaModel(GPTModel):
     `restart_positions` makes rotary phases follow `position_ids`; GPTModel alone ignores them under RoPE.
     """
 
-    def __init__(self, architecture: Architecture, config: TransformerConfig, restart_positions: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, architecture: Architecture, config: TransformerConfig, restart_positions: bool, **kwargs: Any
+    ) -> None:
         scaling = architecture.rope_scaling_factor
         super().__init__(
             config=config,
             max_sequence_length=architecture.max_position_embeddings,
             position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+            rotary_base=architecture.rotary_base,
             rope_scaling=scaling is not None,
             rope_scaling_factor=scaling or 1.0,
             share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
             **kwargs,
         )
         self.restart_positions = restart_positions
+        self.some_layers_frozen = False
+        """Whether any layer, here or on another stage, has no optimizer state."""
         rows = self.vocab_size // self.pg_collection.tp.size()
         first = rows * self.pg_collection.tp.rank()
         self.real_rows = min(max(architecture.vocab_size - first, 0), rows)

@@ -44,7 +44,9 @@ def _draw_shard(shard: ShardedTensor, architecture: Architecture, seed: int, std
     if shard.key.endswith(RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * architecture.num_layers)
     identity = f"{seed}/{shard.key}/{shard.global_offset[:axes]}"
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little") >> 1
+    )
     values = torch.empty(whole, device="cpu").normal_(0.0, std, generator=generator)
     part = values[tuple(slice(o, o + n) for o, n in zip(offset, shard.data.shape, strict=True))]
     shard.data.zero_()

@@ -10,6 +10,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megacpt_kernels.rmsnorm import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm for the norm slots.
@@ -28,7 +30,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [s, b, h] over h; fp32 inside, the input's dtype outside."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SDPAttention(MegatronModule):

@@ -1,4 +1,4 @@
-"""The layer spec: which class fills each slot of megatron-core's transformer layer. Written by hand, so it can be read."""
+"""The layer spec: which class fills each slot of megatron-core's transformer layer, written out by hand."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear

@@ -1,8 +1,11 @@
 """One function sets up a rank: device, process groups, seeds, threads and logging."""
 
+import ctypes
 import logging
 import os
 import random
+import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megacpt.errors import UserError
 
+PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h: the signal that a process gets when its parent ends."""
 SPOKEN = "megacpt/spoken"
 """The key in the group's store that counts the ranks with an error to tell."""
 GRACE_S = 15.0
@@ -78,6 +83,16 @@ def quiet_third_parties() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def die_with_launcher() -> None:
+    """Ask Linux to kill this rank when torchrun dies.
+
+    torchrun starts ranks in sessions of their own: killed with -9, it would leave them training, and writing, beside
+    the run that is started next.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def setup(layout: Layout, seed: int, threads: int | None = None, timeout_minutes: float = 10.0) -> Rank:

@@ -11,6 +11,7 @@ from megacpt.config.load import load_config
 from megacpt.errors import UserError
 from megacpt.runtime.setup import (
     another_spoke,
+    die_with_launcher,
     first_to_speak,
     quiet_third_parties,
     setup,
@@ -49,6 +50,7 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         UserError: whatever in the configuration, the data or the checkpoints cannot work.
     """
+    die_with_launcher()
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
     # Imported late: --help and a wrong key should answer before megatron-core is loaded.

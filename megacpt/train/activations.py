@@ -41,8 +41,8 @@ def stage_activations(setting: Setting, stage: int, *, fused_norm: bool = True) 
     """Peak activations of `stage`.
 
     Args:
-        fused_norm: RMSNorm in one kernel, as on a GPU. On a CPU torch composes it and keeps more: the input in fp32
-            and, for the weight's gradient, the normalised input in fp32.
+        fused_norm: RMSNorm in one kernel, as on a GPU. On a CPU it is composed and keeps more: the input in fp32 and,
+            for the weight's gradient, the normalised input.
     """
     costs = [_chunk(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks)]
     again = max(_recomputed(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks))
@@ -172,9 +172,9 @@ def _stream(setting: Setting) -> int:
 
 def _norm(setting: Setting, trains: bool, fused: bool) -> int:
     """Bytes per token that one RMSNorm saves."""
-    hidden = setting.architecture.hidden_size
-    composed = FP32 * hidden * (2 if trains else 1)
-    return ((setting.dtype.itemsize * hidden if fused else composed) + FP32) // _sequence_shards(setting)
+    hidden, item = setting.architecture.hidden_size, setting.dtype.itemsize
+    composed = hidden * (FP32 + item if trains else FP32)
+    return ((item * hidden if fused else composed) + FP32) // _sequence_shards(setting)
 
 
 def _tokens(setting: Setting) -> int:

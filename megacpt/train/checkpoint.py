@@ -118,6 +118,15 @@ def _model_state(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
     return {name: chunk.sharded_state_dict() for name, chunk in _named(chunks).items()}
 
 
+def _optimizer_state(
+    optimizer: MegatronOptimizer, chunks: Sequence[LlamaModel], *, loading: bool
+) -> dict[int, dict[int, dict[str, Any]]]:
+    # A checkpoint holds a weight of all layers as one tensor. Its moments cannot be one where frozen layers have none.
+    by_layer = {"non_homogeneous_layers": any(chunk.some_layers_frozen for chunk in chunks)}
+    model_state = {name: chunk.sharded_state_dict(metadata=by_layer) for name, chunk in _named(chunks).items()}
+    return sharded_optimizer_state(optimizer, model_state, loading=loading)
+
+
 def save_checkpoint(
     root: Path,
     state: TrainState,
@@ -140,7 +149,7 @@ def save_checkpoint(
             partial.mkdir(parents=True)
         dist.barrier()
         sharded = _model_state(chunks)
-        sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, loading=False)
+        sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=False)
         sharded |= {"iteration": state.iteration, "checkpoint_version": 3.0}
         _write(sharded, partial)
         dist.barrier()
@@ -212,10 +221,10 @@ def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) ->
 def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, iteration: int) -> None:
     """Fill parameters and optimizer state from a checkpoint of any layout."""
     sharded = _model_state(chunks)
-    sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, loading=True)
+    sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=True)
     loaded = _load(sharded, folder)
     _restore_weights(chunks, loaded)
-    load_optimizer_state(optimizer, loaded["optimizer"], iteration)
+    load_optimizer_state(optimizer, loaded.get("optimizer", {}), iteration)
 
 
 def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:

@@ -2,8 +2,8 @@
 
 Moments (and bf16's fp32 main parameters) are saved tensor by tensor under `optimizer.state.<name>.<parameter>`, the
 layout of megatron-core's "fully reshardable" format, whether or not the optimizer is distributed. `step` is no tensor
-here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per parameter;
-megatron-core restores one tensor shared by all, which then advances once per parameter.)
+here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per
+parameter; megatron-core restores one tensor shared by all, which then advances once per parameter.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,11 @@ def build_optimizer(
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         overlap_param_gather=optimizer.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    built = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    for group in built.param_groups:
+        # megatron-core leaves this product to its own scheduler; without it, norms decay like matrices.
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    return built
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -100,21 +104,21 @@ def _allocate(part: MegatronOptimizer) -> None:
 
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
-) -> list[dict[int, dict[str, Any]]]:
-    """Per part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, fp32_param (bf16 only): sharded tensor}.
+) -> dict[int, dict[int, dict[str, Any]]]:
+    """By part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, fp32_param (bf16 only): sharded tensor}.
 
     Args:
         model_state: the model's sharded state dict, whose entries hold the live parameters.
         loading: allocate state to be overwritten, instead of gathering what there is.
     """
     by_parameter = {id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)}
-    state = []
-    for part in _parts(optimizer):
+    state = {}
+    for index, part in enumerate(_parts(optimizer)):
         if loading or not part.optimizer.state:
             _allocate(part)
         if isinstance(part, DistributedOptimizer):
             whole = part.sharded_param_state_fully_reshardable(model_state, loading, {})
-            state.append({number: _named(tensors, part.config.bf16) for number, tensors in whole.items()})
+            state[index] = {number: _named(tensors, part.config.bf16) for number, tensors in whole.items()}
             continue
         entries = {}
         for number, (main, model) in enumerate(_main_and_model_parameters(part)):
@@ -125,7 +129,7 @@ def sharded_optimizer_state(
             entries[number] = {
                 k: make_sharded_optimizer_tensor(shard, t, f"optimizer.state.{k}") for k, t in tensors.items()
             }
-        state.append(entries)
+        state[index] = entries
     return state
 
 
@@ -139,9 +143,15 @@ def _named(tensors: dict[str, Any], bf16: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: MegatronOptimizer, state: list[dict[int, dict[str, Any]]], iteration: int) -> None:
-    """Write loaded tensors (the structure of `sharded_optimizer_state`) back; every parameter gets its own `step`."""
-    for part, entries in zip(_parts(optimizer), state, strict=True):
+def load_optimizer_state(
+    optimizer: MegatronOptimizer, state: dict[int, dict[int, dict[str, Any]]], iteration: int
+) -> None:
+    """Write loaded tensors (the structure of `sharded_optimizer_state`) back; every parameter gets its own `step`.
+
+    A part without parameters (all of this stage's are frozen) may be missing.
+    """
+    for index, part in enumerate(_parts(optimizer)):
+        entries = state.get(index, {})
         if isinstance(part, DistributedOptimizer):
             _load_shards(part, entries)
         else:

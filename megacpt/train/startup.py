@@ -35,7 +35,5 @@ def announce(job: Job) -> None:
     else:
         log.say(f"resuming from {plan.resume.folder}")
         if plan.resume.state.layout["threads"] != job.rank.threads:
-            log.say(
-                f"note: {plan.resume.state.layout['threads']} threads per rank wrote the checkpoint, "
-                f"{job.rank.threads} go on: sums may round differently (runtime.threads sets them)"
-            )
+            then, now = plan.resume.state.layout["threads"], job.rank.threads
+            log.say(f"note: {then} threads per rank wrote the checkpoint, {now} go on: sums may round differently")

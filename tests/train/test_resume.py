@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -192,8 +193,12 @@ def test_kill_at_any_moment(corpora: Path) -> None:
         deadline = time.monotonic() + 120
         while not moment() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
+        ranks = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        # torchrun's ranks live in sessions of their own; they end with it.
+        _, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive
     done = subprocess.run(_command(configuration, 2), capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert tiny.rows(run) == tiny.rows(corpora / "unkilled")

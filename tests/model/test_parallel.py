@@ -1,0 +1,105 @@
+"""Every layout of ranks takes the same steps: losses and gradient norms over 10 steps, from one seed, in fp32."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import NOTHING, Section, relative_difference, small_config, train_steps
+from tests.ranks import run_ranks
+
+TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+SP = {TP: 2, "sequence_parallel": True}
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@cache
+def reference(folder: Path, *model: tuple[str, Any]) -> list[tuple[float, float]]:
+    """What one rank does with a model."""
+    return run_ranks(train_steps, 1, small_config(folder, dict(model)))[0]
+
+
+def check(folder: Path, world: int, model: Section, layout: Section, optimizer: Section = NOTHING) -> None:
+    """Every rank reports what one rank alone computes."""
+    expected = reference(folder, *model.items())
+    results = run_ranks(train_steps, world, small_config(folder, {**model, **layout}, optimizer=optimizer))
+    assert max(relative_difference(found, expected) for found in results) < TOLERANCE
+
+
+def test_the_reference_learns_and_clips(folder: Path):
+    losses, norms = zip(*reference(folder), strict=True)
+    assert losses[-1] < losses[0] - 0.1
+    assert min(norms) > 0.5  # clip_grad, so that clipping takes part in every comparison
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(2, {TP: 2}, id="tp2"),
+        pytest.param(2, SP, id="tp2-sp"),
+        pytest.param(2, {PP: 2}, id="pp2"),
+        pytest.param(2, {PP: 2, VP: 2}, id="pp2-vp2"),
+        pytest.param(4, {PP: 4}, id="pp4"),
+        pytest.param(4, {PP: 2, **SP}, id="tp2-pp2-sp"),
+        pytest.param(4, {TP: 4}, id="tp4-of-2-query-groups"),
+        pytest.param(1, FULL, id="recompute-full"),
+        pytest.param(1, {"recompute_granularity": "selective"}, id="recompute-selective"),
+        pytest.param(4, {PP: 2, **SP, **FULL}, id="tp2-pp2-sp-recompute"),
+    ],
+)
+def test_model_parallel(folder: Path, world: int, layout: Section):
+    check(folder, world, {}, layout)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "optimizer"),
+    [
+        pytest.param(2, {}, {}, id="dp2"),
+        pytest.param(2, {}, {"overlap_grad_reduce": True}, id="dp2-overlap"),
+        pytest.param(2, {}, SHARDED, id="dp2-sharded"),
+        pytest.param(2, {}, OVERLAPPED, id="dp2-sharded-overlap"),
+        pytest.param(4, {}, SHARDED, id="dp4-sharded"),
+        pytest.param(4, SP, SHARDED, id="tp2-sp-dp2-sharded"),
+        pytest.param(4, {PP: 2}, OVERLAPPED, id="pp2-dp2-sharded-overlap"),
+        pytest.param(4, {PP: 2, VP: 2}, OVERLAPPED, id="pp2-vp2-dp2-sharded-overlap"),
+    ],
+)
+def test_data_parallel(folder: Path, world: int, layout: Section, optimizer: Section):
+    check(folder, world, {}, layout, optimizer)
+
+
+@pytest.mark.parametrize("layout", [{PP: 4, VP: 2}, {PP: 2, VP: 4}], ids=["pp4-vp2", "pp2-vp4"])
+def test_interleaved_pipelines_of_eight_layers(folder: Path, layout: Section):
+    check(folder, layout[PP], {"num_layers": 8}, layout)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(2, {PP: 2}, id="pp2"),
+        pytest.param(2, {PP: 2, VP: 2}, id="pp2-vp2"),
+        pytest.param(4, {PP: 2, **SP}, id="tp2-pp2-sp"),
+    ],
+)
+def test_tied_embeddings(folder: Path, world: int, layout: Section):
+    check(folder, world, {"untie_embeddings_and_output_weights": False}, layout)
+
+
+def test_vocabulary_of_1000(folder: Path):
+    """1,024 rows at TP 1 and at TP 2, where all of the padding is the second rank's."""
+    check(folder, 2, {"vocab_size": 1000}, {TP: 2})
+
+
+def test_vocabulary_padded_differently(folder: Path):
+    """1,024 rows at TP 1, 1,152 at TP 3, in embeddings that are also the output layer."""
+    heads = {"num_attention_heads": 6, "num_query_groups": 3, "kv_channels": 8}
+    check(folder, 3, {"vocab_size": 1003, "untie_embeddings_and_output_weights": False, **heads}, {TP: 3})

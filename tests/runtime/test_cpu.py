@@ -1,0 +1,149 @@
+"""The redirection of CUDA to the CPU, and that a GPU run is free of it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REDIRECTION = "megacpt.runtime.cpu"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which must not be redirected")
+
+
+def redirected() -> dict[str, Any]:
+    """Facts about torch after a second redirection of this process."""
+    from megacpt.runtime.cpu import redirect_cuda
+
+    redirect_cuda()
+    functions = torch.empty, torch.Tensor.to, torch.cuda.current_device
+    redirect_cuda()
+    cuda = torch.device("cuda", 0)
+    tensors = {
+        "string": torch.zeros(2, device="cuda"),
+        "index": torch.ones(2, device="cuda:1"),
+        "device": torch.full((2,), 3.0, device=cuda),
+        "current": torch.arange(2, device=torch.cuda.current_device()),
+        "like": torch.empty_like(torch.ones(2), device=cuda),
+        "to": torch.ones(2).to("cuda", torch.float64),
+        "to_keyword": torch.ones(2).to(device=cuda),
+        "cuda": torch.ones(2).cuda(),
+        "module": torch.nn.Linear(2, 2).to(cuda).weight,
+    }
+    with torch.cuda.stream(torch.cuda.Stream()):
+        event = torch.cuda.Event()
+        event.record()
+        torch.cuda.current_stream().wait_event(event)
+        torch.cuda.synchronize()
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    return {
+        "idempotent": functions == (torch.empty, torch.Tensor.to, torch.cuda.current_device),
+        "devices": {name: tensor.device.type for name, tensor in tensors.items()},
+        "dtype": tensors["to"].dtype,
+        "type": torch.ones(2).type(),
+        "half": torch.ones(2, dtype=torch.bfloat16).type(),
+        "cast": torch.ones(2).type(torch.int64).dtype,
+        "meta": torch.ones(2, device="meta").device.type,
+        "same_draw": torch.equal(first, torch.rand(4)),
+        "event": event.query(),
+    }
+
+
+@no_gpu
+def test_cuda_means_the_cpu():
+    [facts] = run_ranks(redirected, 1)
+    assert set(facts.pop("devices").values()) == {"cpu"}
+    assert facts == {
+        "idempotent": True,
+        "dtype": torch.float64,
+        "type": "torch.cuda.FloatTensor",
+        "half": "torch.cuda.BFloat16Tensor",
+        "cast": torch.int64,
+        "meta": "meta",
+        "same_draw": True,
+        "event": True,
+    }
+
+
+def redirect_where_a_gpu_is() -> str:
+    """What the redirection says on a machine with a GPU."""
+    from megacpt.runtime.cpu import redirect_cuda
+
+    with patch.object(torch.cuda, "is_available", return_value=True):
+        try:
+            redirect_cuda()
+        except AssertionError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_gpu_is_never_hidden():
+    assert run_ranks(redirect_where_a_gpu_is, 1) == ["the CPU redirection must not be entered where there is a GPU"]
+
+
+class ReachedError(Exception):
+    """The GPU branch of the set-up was taken."""
+
+
+def set_up_where_a_gpu_is() -> bool:
+    """Whether the redirection is loaded once the set-up has chosen a GPU."""
+    from megacpt.runtime.setup import Layout, setup
+
+    with (
+        patch.object(torch.cuda, "is_available", return_value=True),
+        patch.object(torch.cuda, "set_device", side_effect=ReachedError),
+        pytest.raises(ReachedError),
+    ):
+        setup(Layout(1), 1)
+    return REDIRECTION in sys.modules
+
+
+def test_a_gpu_run_never_loads_the_redirection():
+    assert run_ranks(set_up_where_a_gpu_is, 1) == [False]
+
+
+def test_nothing_else_loads_the_redirection():
+    """Every other module of the package, imported in one process, leaves it out."""
+    code = f"""
+import importlib, pkgutil, sys, megacpt
+names = [m.name for m in pkgutil.walk_packages(megacpt.__path__, "megacpt.")]
+for name in names:
+    if name not in ({REDIRECTION!r}, "megacpt.train.__main__"):
+        importlib.import_module(name)
+assert {REDIRECTION!r} in names
+assert "megacpt.train.job" in sys.modules
+assert {REDIRECTION!r} not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_it_is_imported_in_one_place_under_the_branch_without_a_gpu():
+    importers = []
+    for path in sorted((REPOSITORY / "megacpt").rglob("*.py")):
+        for branch in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.If)):
+            if "is_available" in ast.unparse(branch.test):
+                importers += [path.name for node in branch.orelse for n in ast.walk(node) if _imports_it(n)]
+    everywhere = [
+        path.name
+        for path in sorted((REPOSITORY / "megacpt").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if _imports_it(node)
+    ]
+    assert everywhere == importers == ["setup.py"]
+
+
+def _imports_it(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        return node.module == REDIRECTION or (
+            node.module == "megacpt.runtime" and any(n.name == "cpu" for n in node.names)
+        )
+    return isinstance(node, ast.Import) and any(name.name == REDIRECTION for name in node.names)
