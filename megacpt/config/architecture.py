@@ -102,7 +102,7 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
         values["vocab_size"] = tokenizer_vocab_size
     values.setdefault("rope_scaling_factor", None)
     if values.get("kv_channels") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
-        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+        values["kv_channels"] = _even_split(values["hidden_size"], values["num_attention_heads"])
     values.setdefault("num_query_groups", values.get("num_attention_heads"))
     missing = [f.name for f in fields(Architecture) if values.get(f.name) is None and f.name != "rope_scaling_factor"]
     if missing:
@@ -136,3 +136,12 @@ def check_shape(architecture: Architecture) -> None:
         )
     if architecture.kv_channels % 2:
         raise UserError(f"model.kv_channels {architecture.kv_channels} is odd; rotary embeddings pair channels")
+
+
+def _even_split(hidden_size: int, heads: int) -> int:
+    if hidden_size % heads:
+        raise UserError(
+            f"model.hidden_size {hidden_size} is no multiple of model.num_attention_heads {heads}; change one of them, "
+            "or say how wide a head is with model.kv_channels"
+        )
+    return hidden_size // heads

@@ -21,6 +21,7 @@ from megacpt.data.mixture import Budget, Mixture, Start
 from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
+from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
@@ -140,6 +141,8 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
     check_config(config, architecture)
     _check_tokenizer(config, origin, vocabulary)
+    if config.logging.wandb_project is not None and version_of("wandb") == "absent":
+        raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key")
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
     _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
 
