@@ -34,7 +34,8 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	    exit 2
 	fi
 	[[ -x $(VENV)/bin/python ]] || "$$found" -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
+	echo "installing into $(VENV): about 6 GB, some minutes" >&2
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
 	touch $@
 
 quickstart: env

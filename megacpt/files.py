@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from megacpt.errors import UserError
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -20,7 +22,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full; free space and run the same command again") from error
-        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError) or error.errno == errno.EROFS:
+        if error.errno in UNWRITABLE:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         raise
 

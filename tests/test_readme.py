@@ -93,7 +93,7 @@ def test_every_make_target_exists(readme: str) -> None:
 
 
 def test_tools_examples_and_links_exist(readme: str) -> None:
-    named = set(re.findall(r"\b(?:tools|examples|docs)/[\w./-]*\w", readme))
+    named = set(re.findall(r"(?<![\w/])(?:tools|examples|docs|tests)/[\w./-]*\w", readme))
     named |= {link for link in re.findall(r"(?:\]\(|src(?:set)?=\")([^)#\"\s]+)", readme) if "://" not in link}
     assert sorted(name for name in named if not (REPOSITORY / name).exists()) == []
 

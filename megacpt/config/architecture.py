@@ -129,8 +129,8 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
     With `base`, that model's numbers: keys may override what weights do not fix, and a preset has to agree.
 
     Raises:
-        UserError: unknown preset, a field that nothing gives, a shape that does not fit together, or one that contradicts
-            the base.
+        UserError: unknown preset, a field that nothing gives, a shape that does not fit together, or one
+            that contradicts the base.
     """
     if model.preset is not None and model.preset not in MODEL_PRESETS:
         near = difflib.get_close_matches(model.preset, MODEL_PRESETS, n=1, cutoff=0.0)[0]
@@ -147,9 +147,9 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
         values["vocab_size"] = tokenizer_vocab_size
     values.setdefault("rope_scaling_factor", None)
     if values.get("kv_channels") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
-        values["kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+        values["kv_channels"] = _even_split(values["hidden_size"], values["num_attention_heads"])
     values.setdefault("num_query_groups", values.get("num_attention_heads"))
-    values = DEFAULTS | values
+    values = {**DEFAULTS, **values}
     missing = [f.name for f in fields(Architecture) if values.get(f.name) is None and f.name != "rope_scaling_factor"]
     if missing:
         raise UserError(
@@ -188,3 +188,12 @@ def check_shape(architecture: Architecture) -> None:
             f"model.rotary_percent {architecture.rotary_percent:g} rotates {rotated} of a head's "
             f"{architecture.kv_channels} channels; rotary embeddings need an even number, at least two and at most all"
         )
+
+
+def _even_split(hidden_size: int, heads: int) -> int:
+    if hidden_size % heads:
+        raise UserError(
+            f"model.hidden_size {hidden_size} is no multiple of model.num_attention_heads {heads}; change one of them, "
+            "or say how wide a head is with model.kv_channels"
+        )
+    return hidden_size // heads

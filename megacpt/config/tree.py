@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 class Section(BaseModel):
     """A strict, immutable group of keys: an unknown key or a wrong type is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict, for else `true` would be 1 and a quoted number a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Tokenizer(Section):
@@ -118,7 +119,7 @@ class Train(Section):
     train_tokens: PositiveInt | None = Field(None, description="budget in target tokens (mixtures without epochs)")
     micro_batch_size: PositiveInt = Field(1, description="samples per forward pass and data-parallel rank")
     global_batch_size: PositiveInt = Field(description="samples per step over all ranks")
-    seed: NonNegativeInt = Field(1234, description="seed of weights and of the order of data")
+    seed: int = Field(1234, ge=0, lt=2**63, description="seed of weights and of the order of data")
     log_interval: PositiveInt = Field(1, description="steps between log lines and training rows")
     freeze: Freeze = Freeze()
 
@@ -182,7 +183,7 @@ class Save(Section):
     keep_last: PositiveInt | None = Field(None, description="checkpoints kept; null: all")
     hf_every: PositiveInt | None = Field(
         None,
-        description="steps between exports to DIR/hf/iter_*, Hugging Face folders; a checkpoint is saved with each",
+        description="steps between exports to DIR/hf/iter_* (Hugging Face folders); and at the end",
     )
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,11 +14,16 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megacpt.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h: the signal that a process gets when its parent ends."""
+SPOKEN = "megacpt/spoken"
+"""The key in the group's store that counts the ranks with an error to tell."""
+GRACE_S = 15.0
+"""How long other ranks leave it to rank 0 to tell of an error."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,24 @@ def _model_parallel_groups(layout: Layout, timeout_minutes: float) -> None:
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
+
+
+def first_to_speak() -> bool:
+    """Whether this rank is the one to tell the user of an error; the first to ask in a group is.
+
+    Before there is a group, all ranks most likely meet the same error and rank 0 tells it. As torchrun ends all ranks
+    when one has ended, the others wait here to be ended; one that nobody ends has an error of its own, and tells it.
+    """
+    if not dist.is_initialized():
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(GRACE_S)
+        return True
+    return _get_default_store().add(SPOKEN, 1) == 1
+
+
+def another_spoke() -> bool:
+    """Whether some rank of the group has told the user of an error; the others then fall over in a collective."""
+    return dist.is_initialized() and _get_default_store().check([SPOKEN])
 
 
 def teardown() -> None:

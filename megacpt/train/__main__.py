@@ -5,9 +5,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from megacpt.config.load import load_config
 from megacpt.errors import UserError
-from megacpt.runtime.setup import die_with_launcher, quiet_third_parties, setup, teardown, world_size_from_environment
+from megacpt.runtime.setup import (
+    another_spoke,
+    die_with_launcher,
+    first_to_speak,
+    quiet_third_parties,
+    setup,
+    teardown,
+    world_size_from_environment,
+)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -43,9 +53,7 @@ def run(parsed: argparse.Namespace) -> None:
     die_with_launcher()
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
-    # Imported late: --help and a wrong key should answer before torch and megatron-core are loaded.
-    import torch
-
+    # Imported late: --help and a wrong key should answer before megatron-core is loaded.
     from megacpt.train.plan import make_plan
 
     world_size = parsed.world_size or world_size_from_environment()
@@ -77,13 +85,17 @@ def is_first_rank() -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 after a user's mistake, told once, by the first rank."""
+    """Exit code 0, or 2 after a user's mistake, told once."""
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        if is_first_rank():
+        if first_to_speak():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError:
+        if another_spoke():
+            return 2
+        raise
     return 0
 
 

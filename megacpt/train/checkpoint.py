@@ -10,7 +10,8 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_stat
 
 FAILURES = (Exception, CheckpointException)
 """What a failing save or load raises; torch's own class is no Exception."""
+WEIGHTS = ("embedding.", "decoder.", "output_layer.")
+"""How megatron-core's names of a GPTModel's weights begin."""
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "megacpt.json"
 BASE = "hf"
@@ -78,7 +81,7 @@ def find_checkpoint(place: str | Path) -> Path | None:
         place = place / "checkpoints"
     if not (place / TRACKER).is_file():
         return None
-    content = (place / TRACKER).read_text(encoding="utf-8").strip()
+    content = (place / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     if content == RELEASE:
         folder = place / RELEASE
     elif content.isdigit():
@@ -161,7 +164,7 @@ def save_checkpoint(
 
     final = _publish(iteration_folder(root, state.iteration), str(state.iteration), sharded, beside)
     if dist.get_rank() == 0:
-        for old in _surplus(root, keep_last):
+        for old in _surplus(final, keep_last):
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
@@ -189,7 +192,7 @@ def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], b
     root = final.parent
     partial = root / f".{final.name}.partial"
     first = dist.get_rank() == 0
-    with disk_errors(final):
+    with disk_errors(final), _removed_on_failure(partial):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -207,6 +210,15 @@ def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], b
     return final
 
 
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def _write(sharded: dict[str, Any], folder: Path) -> None:
     # megacpt saves synchronously, in this process. megatron-core's writer would start a manager process (which imports
     # the main module again) only to hand results from the process that wrote them to this one: give it a plain queue.
@@ -221,13 +233,32 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
         raise
 
 
-def _surplus(root: Path, keep_last: int | None) -> list[Path]:
-    return sorted(root.glob("iter_*"))[:-keep_last] if keep_last else []
+def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
+    # Checkpoints beyond `newest` are there when a user went back to an older one: they are not this run's to count.
+    return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
-    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed."""
-    _restore_weights(chunks, _load(_model_state(chunks), folder))
+def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) -> None:
+    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed.
+
+    Raises:
+        UserError: the checkpoint's weights are not exactly this model's, in name and shape, or lack tokens of it.
+    """
+    loaded, left_over, absent = _load(_model_state(chunks), folder, strict="return_all")
+    for has, keys in (("lacks", absent), ("holds", left_over)):
+        weights = sorted(key for key in keys if key.startswith(WEIGHTS) and "_extra_state" not in key)
+        if weights:
+            raise UserError(
+                f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
+                "checkpoint of the same model, or correct model.*"
+            )
+    rows = dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].global_shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"{folder}: has {rows:,} rows of vocabulary, this run needs {vocab_size:,}; use its own tokenizer, or "
+            "correct model.vocab_size"
+        )
+    _restore_weights(chunks, loaded)
 
 
 def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, iteration: int) -> None:
@@ -239,11 +270,12 @@ def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOpti
     load_optimizer_state(optimizer, loaded.get("optimizer", {}), iteration)
 
 
-def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
     try:
-        return dist_checkpointing.load(sharded, str(folder))
+        return dist_checkpointing.load(sharded, str(folder), **options)
     except FAILURES as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise UserError(
             f"{folder}: cannot be loaded ({reason[:300]}); it is damaged or of another model, choose another checkpoint"
         ) from error

@@ -1,4 +1,4 @@
-"""Hugging Face folder to checkpoint and back: what tools/convert.py and `save.hf_every` call, on any number of ranks."""
+"""Hugging Face folder to checkpoint and back, on any number of ranks: for tools/convert.py and `save.hf_every`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,15 +23,16 @@ from megacpt.train.checkpoint import TRACKER, find_checkpoint, read_state, save_
 from megacpt.train.origin import Origin, find_tokenizer, origin_of, provenance
 from megacpt.train.plan import fingerprint
 
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 GATE_SHAPE = (4, 64)
 """Sequences of the gate, and tokens in each."""
 GATE_TEXT = (
-    "The patient was given metformin at a dose of 500 mg twice daily. After twelve weeks her fasting glucose had fallen "
-    "from 9.8 to 6.9 mmol/L, and no adverse events were reported in either arm of the trial. ",
-    "It rained for most of the night, and by morning the river had reached the lower meadow. Nobody in the village could "
-    'remember a spring like it; "Not since my father was a boy," said the miller. ',
-    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    return sum(values) / len(values)\n\n"
+    "The patient was given metformin at a dose of 500 mg twice daily. After twelve weeks her fasting glucose had "
+    "fallen from 9.8 to 6.9 mmol/L, and no adverse events were reported in either arm of the trial. ",
+    "It rained for most of the night, and by morning the river had reached the lower meadow. Nobody in the village "
+    'could remember a spring like it; "Not since my father was a boy," said the miller. ',
+    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n"
+    "    return sum(values) / len(values)\n\n"
     "assert mean([1, 2, 3]) == 2  # integers divide into a float\n",
     "Let f be continuous on [a, b] and differentiable on (a, b). Then there is a point c in (a, b) such that "
     "f'(c) = (f(b) - f(a)) / (b - a). Die Größe der Änderung hängt nur von c ab. ",
@@ -93,7 +94,7 @@ def _repeated(ids: Sequence[int], length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class HFOutput:
-    """How to write a Hugging Face folder. `tokenizer`: a folder with tokenizer files, instead of the checkpoint's own."""
+    """How to write a Hugging Face folder; `tokenizer` is a folder with files instead of the checkpoint's own."""
 
     folder: Path
     dtype: torch.dtype | None = None
@@ -120,7 +121,9 @@ def export_checkpoint(checkpoint: Path, output: HFOutput, report: Report) -> Non
         architecture=architecture,
         base=config,
         companions=companions,
-        card=model_card(provenance(origin and origin.folder), known, checkpoint, megacpt.__version__),
+        card=model_card(
+            provenance(origin.folder if origin is not None else None), known, checkpoint, megacpt.__version__
+        ),
         dtype=output.dtype,
         shard_bytes=output.shard_bytes,
     )

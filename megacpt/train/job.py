@@ -47,15 +47,22 @@ class Progress:
 
     Attributes:
         tokens: target tokens seen by source, int64 [sources].
+        former_tokens: those seen of sources that the mixture no longer has, by name.
         interval: float64 [2, sources], summed loss and tokens since the last log line.
         interval_steps: steps in that interval.
     """
 
     iteration: int
     tokens: torch.Tensor
+    former_tokens: dict[str, int]
     interval: torch.Tensor
     interval_steps: int = 0
     interval_began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Target tokens seen by the whole run."""
+        return int(self.tokens.sum()) + sum(self.former_tokens.values())
 
 
 @dataclass
@@ -134,7 +141,7 @@ class Job:
         return {
             "iteration": progress.iteration,
             "consumed_samples": consumed,
-            "consumed_tokens": int(progress.tokens.sum()),
+            "consumed_tokens": progress.consumed_tokens,
             "lm_loss": sum(loss) / sum(tokens),
             "grad_norm": grad_norm,
             "learning_rate": lr,
@@ -164,7 +171,7 @@ class Job:
                     {
                         "iteration": self.progress.iteration,
                         "consumed_samples": consumed,
-                        "consumed_tokens": int(self.progress.tokens.sum()),
+                        "consumed_tokens": self.progress.consumed_tokens,
                         "validation": name,
                         "loss": result.loss,
                         "ppl": perplexity(result.loss),
@@ -208,7 +215,7 @@ class Job:
             iteration=progress.iteration,
             consumed_samples=consumed,
             samples_by_source=mixture.consumed(consumed),
-            tokens_by_source=dict(zip(self.sources, progress.tokens.tolist(), strict=True)),
+            tokens_by_source=progress.former_tokens | dict(zip(self.sources, progress.tokens.tolist(), strict=True)),
             interval={"sums": progress.interval.tolist(), "steps": progress.interval_steps},
             mixture=mixture.fingerprint(),
             identity=self.plan.identity(),
@@ -271,7 +278,7 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> str | None:
         return None
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks)
+    load_weights(folder, chunks, plan.architecture.vocab_size)
     return None
 
 
@@ -309,7 +316,8 @@ def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] 
 def _progress(plan: Plan) -> Progress:
     names = [source.name for source in plan.mixture.sources]
     if plan.resume is None:
-        return Progress(0, torch.zeros(len(names), dtype=torch.long), torch.zeros(2, len(names), dtype=torch.float64))
+        tokens = torch.zeros(len(names), dtype=torch.long)
+        return Progress(0, tokens, {}, torch.zeros(2, len(names), dtype=torch.float64))
     state = plan.resume.state
     same_sources = list(state.mixture["sources"]) == names
     interval = (
@@ -320,6 +328,7 @@ def _progress(plan: Plan) -> Progress:
     return Progress(
         iteration=state.iteration,
         tokens=torch.tensor([state.tokens_by_source.get(name, 0) for name in names]),
+        former_tokens={name: count for name, count in state.tokens_by_source.items() if name not in names},
         interval=interval,
         interval_steps=state.interval["steps"] if same_sources else 0,
     )
@@ -329,11 +338,12 @@ def _open_log(plan: Plan) -> MetricsLog:
     config, folder = plan.config, Path(plan.config.save.dir)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # First, for what a killed save left may have filled the disk.
+        remove_partial(folder / "checkpoints")
         write_text(folder / "config.yaml", dump_config(config))
         base = _base_folder(plan)
         if base is not None and plan.origin is not None:
             plan.origin.write(base, plan.architecture)
-        remove_partial(folder / "checkpoints")
         return MetricsLog(
             folder,
             plan.first_iteration,

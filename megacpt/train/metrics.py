@@ -6,10 +6,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from megacpt.errors import UserError
 from megacpt.files import disk_errors, write_text
 
 Row = dict[str, Any]
@@ -72,12 +72,13 @@ def validation_line(row: Row) -> str:
 def summary_lines(rows: list[Row]) -> list[str]:
     """What each named set's loss did over the run: first, highest, lowest and last value, and at which iteration."""
     names = list(dict.fromkeys(row["validation"] for row in rows))
-    width = max(map(len, names), default=0)
+    width, loss = max(map(len, names), default=0), itemgetter(0)
     lines = []
     for name in names:
         points = [(row["loss"], row["iteration"]) for row in rows if row["validation"] == name]
-        marks = {"first": points[0], "highest": max(points), "lowest": min(points), "last": points[-1]}
-        told = ", ".join(f"{mark} {loss:.4f} (iteration {iteration:,})" for mark, (loss, iteration) in marks.items())
+        highest, lowest = max(points, key=loss), min(points, key=loss)
+        marks = {"first": points[0], "highest": highest, "lowest": lowest, "last": points[-1]}
+        told = ", ".join(f"{mark} {value:.4f} (iteration {at:,})" for mark, (value, at) in marks.items())
         lines.append(f"  validation loss of {name:<{width}}: {told}")
     return lines
 
@@ -115,7 +116,7 @@ class MetricsLog:
     what stays, so that a resumed run leaves no trace of steps that were lost.
 
     Raises:
-        UserError: the folder cannot be written, or W&B is asked for and not installed.
+        UserError: the folder cannot be written.
     """
 
     def __init__(
@@ -188,12 +189,8 @@ def _summary_writer(folder: Path) -> Any:
 
 
 def _wandb_run(project: str, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "logging.wandb_project is set, but wandb is not installed; install it or unset the key"
-        ) from error
+    import wandb
+
     return wandb.init(project=project, dir=str(folder), name=folder.name)
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face model that a run's weights began as: its shape, its tokenizer, and its small files, which travel along.
+"""The Hugging Face model that a run's weights began as: its shape, its tokenizer and small files, which travel along.
 
 Every checkpoint keeps those files in a folder of its own, so that an export needs nothing but the checkpoint.
 """

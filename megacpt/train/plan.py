@@ -22,6 +22,7 @@ from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
+from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
@@ -97,7 +98,8 @@ class Plan:
 
     def exports_after(self, iteration: int) -> bool:
         """Whether that checkpoint is also written as a Hugging Face folder."""
-        return self.config.save.hf_every is not None and iteration % self.config.save.hf_every == 0
+        every = self.config.save.hf_every
+        return every is not None and (iteration % every == 0 or iteration == self.last_iteration)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
@@ -137,11 +139,13 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     vocabulary = _vocabulary(config, [s.path for s in specs] + list(config.eval.sets.values()))
     resume = _find_resume(config)
     origin = _origin(config, resume)
-    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin and origin.base)
+    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
     check_config(config, architecture)
     if config.save.hf_every is not None and origin is None:
         family_for(architecture)
     _check_tokenizer(config, origin, vocabulary)
+    if config.logging.wandb_project is not None and version_of("wandb") == "absent":
+        raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key")
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
     _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
 
@@ -211,14 +215,14 @@ def _origin(config: Config, resume: Resume | None) -> Origin | None:
 
 
 def _check_tokenizer(config: Config, origin: Origin | None, vocabulary: Vocabulary | None) -> None:
-    """Refuse tokens of another tokenizer than the model's; one that the configuration names is the user's own choice."""
+    """Refuse tokens of another tokenizer than the model's, unless the configuration names theirs."""
     if origin is None or vocabulary is None or config.tokenizer is not None:
         return
     own = find_tokenizer(origin.folder, vocabulary.type)
     if own is not None and own.sha256 != vocabulary.sha256:
         raise UserError(
             f"{origin.folder}: its tokenizer (vocabulary {own.vocab_size:,}) is not the one that made the datasets "
-            f"(vocabulary {vocabulary.size:,}); preprocess them with the model's, or name theirs in the section tokenizer"
+            f"(vocabulary {vocabulary.size:,}); preprocess them with the model's, or name theirs in section tokenizer"
         )
 
 

@@ -1,4 +1,4 @@
-"""tools/convert.py on real folders: there and back, and what it says of folders that are damaged or not what they seem."""
+"""tools/convert.py on real folders: there and back, and what it says of folders that are damaged."""
 
 import json
 import os

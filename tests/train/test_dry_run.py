@@ -141,7 +141,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 def test_the_report_shows_the_plan(config: Path, report: Callable[..., str]) -> None:
     text, plan = report(), plan_of(config)
     assert plan.mixture.table() in text
-    assert f"fingerprint {fingerprint(plan.mixture)}" in text
+    assert f"fingerprint {fingerprint(plan.mixture.fingerprint())}" in text
     assert f"{plan.mixture.steps:,} of 8 samples x 32 tokens" in text
     assert f"warm-up over {0.1 * plan.mixture.steps:g} iterations, from 0 to the peak 0.0003" in text
     assert f"cosine to the floor 3e-05 at iteration {plan.mixture.steps}" in text

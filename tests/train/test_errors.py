@@ -1,10 +1,12 @@
 """A user's mistake: one sentence that says what is wrong and where, exit code 2, nothing written."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,9 @@ import pytest
 import yaml
 
 from megacpt.data.indexed import write_dataset
+from megacpt.data.order import shuffled_pass
+from megacpt.runtime import setup
+from megacpt.train import plan
 from megacpt.train.__main__ import main
 from tests.ranks import run_ranks
 from tests.train import tiny
@@ -72,10 +77,11 @@ def _source(path: object) -> tiny.Tree:
         ({"model": {"sequence_parallel": True}}, ["sequence_parallel needs"]),
         ({"optimizer": {"overlap_param_gather": True}}, ["use_distributed_optimizer"]),
         ({"schedule": {"lr_decay_style": "WSD"}}, ["lr_wsd_decay_iters"]),
-        ({"init": {"hf": "somewhere"}}, ["init.hf", "init.checkpoint"]),
+        ({"init": {"hf": "somewhere"}}, ["somewhere: no such folder"]),
         ({"init": {"checkpoint": "nowhere"}}, ["nowhere", "no checkpoint there"]),
         ({"model": {"vocab_size": 500}}, ["document", "token", "vocabulary has 500"]),
         ({"eval": {"sets": {"other": "absent_prefix"}}}, ["absent_prefix.idx", "no such file"]),
+        ({"logging": {"wandb_project": "x"}}, ["logging.wandb_project", "wandb is not installed"]),
     ],
 )
 def test_configuration(complaint: Complaint, change: tiny.Tree, words: list[str]) -> None:
@@ -86,19 +92,38 @@ def test_configuration(complaint: Complaint, change: tiny.Tree, words: list[str]
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.tensor_model_parallel_size=3"], ["TP 3 does not divide"]),
-        (["model.tensor_model_parallel_size=3"], ["num_attention_heads 4"]),
-        (["model.pipeline_model_parallel_size=3"], ["num_layers 4"]),
-        (["model.pipeline_model_parallel_size=3", "model.num_layers=6", "train.global_batch_size=8"], []),
+        (["model.tensor_model_parallel_size=3"], ["tensor_model_parallel_size 3", "num_attention_heads 4"]),
+        (["model.pipeline_model_parallel_size=3"], ["pipeline_model_parallel_size 3", "num_layers 4"]),
         (["model.context_parallel_size=3"], ["Transformer Engine"]),
     ],
 )
 def test_layouts(complaint: Complaint, overrides: list[str], words: list[str]) -> None:
-    if not words:
-        return
     sentence = complaint({}, "--dry-run", "--world-size", "3", *overrides)
-    if "TP 3 does" not in words[0]:
-        assert all(word in sentence for word in words), sentence
+    assert all(word in sentence for word in words), sentence
+
+
+def _train_unscanned(tree: tiny.Tree, folder: Path) -> int:
+    """The command line on this rank, with stderr in a file, on datasets too large to be scanned beforehand."""
+    plan.SCAN_LIMIT = 0
+    configuration = folder / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tree))
+    with open(folder / f"rank{os.environ['RANK']}", "w") as stderr, contextlib.redirect_stderr(stderr):
+        return main(["--config", str(configuration)])
+
+
+def test_one_rank_alone_meets_an_error(corpora: Path, tmp_path: Path) -> None:
+    """Of a step's two samples the second is read by rank 1 only: it must speak, and only it."""
+    lengths = np.array([33, 32])
+    write_dataset(tmp_path / "foreign", np.dtype(np.uint16), [np.zeros(33), np.full(32, tiny.VOCABULARY)])
+    seed = next(seed for seed in range(99) if shuffled_pass(lengths, seed, "medical", 0).documents.tolist() == [0, 1])
+    train = {"train": {"micro_batch_size": 1, "global_batch_size": 2, "seed": seed}, "eval": {"at": []}}
+    tree = tiny.tree(corpora, "x", train, {"save": {"dir": str(tmp_path / "run")}})
+    tree["data"]["sources"] = {"medical": {"path": str(tmp_path / "foreign"), "epochs": 1}}
+    assert run_ranks(_train_unscanned, 2, tree, tmp_path) == [2, 2]
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    assert said[0] == ""
+    assert said[1].startswith("error: ")
+    assert "foreign.bin: document 1 holds token 1000" in said[1]
 
 
 def test_datasets(complaint: Complaint, corpora: Path, tmp_path: Path) -> None:
@@ -118,6 +143,34 @@ def test_datasets(complaint: Complaint, corpora: Path, tmp_path: Path) -> None:
 def test_starting_weights_of_another_model(complaint: Complaint, corpora: Path) -> None:
     start = {"init": {"checkpoint": str(corpora / "base")}}
     assert "its model.hidden_size is 48, this run's is 64" in complaint({**start, "model": {"hidden_size": 64}})
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_layers": 2}, "Global shape mismatch"),
+        ({"vocab_size": 1400}, "1,024 rows of vocabulary, this run needs 1,400"),
+        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which this run's model has not"),
+    ],
+)
+def test_starting_weights_of_a_foreign_checkpoint(corpora: Path, tmp_path: Path, model: tiny.Tree, words: str) -> None:
+    """Without megacpt.json there is nothing but the tensors themselves to compare."""
+    (folder,) = (corpora / "base" / "checkpoints").glob("iter_*")
+    foreign = shutil.copytree(folder, tmp_path / folder.name)
+    (foreign / "megacpt.json").unlink()
+    change = {"init": {"checkpoint": str(foreign)}, "save": {"dir": str(tmp_path / "run")}, "model": model}
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", change), sort_keys=False))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_tracker(corpora: Path, complaint: Complaint, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    assert "expected an iteration" in complaint({"init": {"checkpoint": str(tmp_path)}})
 
 
 def test_damaged_checkpoint(corpora: Path, tmp_path: Path) -> None:
@@ -154,6 +207,28 @@ def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_the_first_rank_gets_time_to_speak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all ranks as soon as one ends: another rank must not end before the first has spoken."""
+    monkeypatch.setattr(setup, "GRACE_S", 0.5)
+    for rank, least in (("0", 0.0), ("1", 0.5)):
+        monkeypatch.setenv("RANK", rank)
+        began = time.monotonic()
+        assert main(["--config", str(tmp_path / "absent.yaml")]) == 2
+        assert time.monotonic() - began >= least
+        assert "absent.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_the_run_folder_is_a_file(corpora: Path, tmp_path: Path) -> None:
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(configuration)}})))
+    result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert f"{configuration}: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of one megabyte."""
@@ -176,5 +251,6 @@ def test_full_disk_keeps_the_last_checkpoint(corpora: Path, tmp_path: Path, smal
     assert "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr
     checkpoints = small_disk / "run" / "checkpoints"
+    assert not list(checkpoints.glob(".*"))
     latest = (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip()
     assert (checkpoints / f"iter_{int(latest):07d}" / "megacpt.json").is_file()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.jobs import small_config, write_corpus
-from tests.model.hf.models import make_model, tensors_of, transformers_logits
-from tests.ranks import run_ranks
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.data.indexed import IndexedDataset
 from megacpt.train.__main__ import main
+from tests.jobs import small_config, write_corpus
+from tests.model.hf.models import make_model, tensors_of, transformers_logits
+from tests.ranks import run_ranks
 
 KIND, VOCABULARY = "tied", 1003
 
@@ -34,9 +34,8 @@ def configuration(folder: Path, run: str, **sections: dict[str, Any]) -> dict[st
 
 def train_here(tree: dict[str, Any]) -> list[float]:
     """Run to the end on this rank; losses of the steps, where this rank logs them."""
-    from tests.jobs import start
-
     from megacpt.train.loop import train
+    from tests.jobs import start
 
     config: Config = config_from(tree, "test")
     job = start(config)
@@ -76,7 +75,9 @@ def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
     dataset = IndexedDataset(folder / f"corpus_{VOCABULARY}")
     tokens = torch.tensor([dataset.read(d, 0, 20).tolist() for d in range(60) if dataset.lengths[d] >= 20][:8])
     scores = [
-        torch.nn.functional.cross_entropy(transformers_logits(place, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        torch.nn.functional.cross_entropy(
+            transformers_logits(place, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
         for place in (folder / "model", exported)
     ]
     assert scores[1] < scores[0]

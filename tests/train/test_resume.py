@@ -121,6 +121,31 @@ def test_changed_mixture_is_refused_and_then_accepted(corpora: Path) -> None:
     assert training[-1]["epochs_by_source"]["medical"] == pytest.approx(2, abs=0.1)
 
 
+def test_tokens_of_a_removed_source_still_count(corpora: Path) -> None:
+    everything = tiny.tree(corpora, "removed", {"train": {"train_iters": 4}})
+    run_ranks(tiny.train_here, 1, everything, 1)
+    without = tiny.tree(corpora, "removed", {"train": {"train_iters": 6}, "data": {"accept_change": True}})
+    del without["data"]["sources"]["general"]
+    run_ranks(tiny.train_here, 1, without, 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "removed", {"data": {"accept_change": True}}), 1)
+    training = [row for row in tiny.rows(corpora / "removed") if "lm_loss" in row]
+    assert "general" not in training[5]["tokens_by_source"]
+    counted = np.cumsum([sum(row["tokens_by_source"].values()) for row in training])
+    assert [row["consumed_tokens"] for row in training] == counted.tolist()
+
+
+def test_going_back_to_an_older_checkpoint(corpora: Path) -> None:
+    every = {"save": {"interval": 2, "keep_last": None}}
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "back", STOP, every), 1)
+    checkpoints = corpora / "back" / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("4\n")
+    again = tiny.tree(corpora, "back", {"train": {"train_iters": 6}}, {"save": {"interval": 2, "keep_last": 1}})
+    run_ranks(tiny.train_here, 1, again, 1)
+    assert sorted(folder.name for folder in checkpoints.glob("iter_*")) == ["iter_0000006", "iter_0000008"]
+    (facts,) = run_ranks(tiny.train_here, 1, tiny.tree(corpora, "back", STOP, every), 1)
+    assert facts["iteration"] == 8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -65,8 +65,8 @@ def _refuse_features(family: Family, config: Mapping[str, Any], where: str) -> N
     )
     if window is not None and isinstance(longest, int) and window < longest:
         raise UserError(
-            f"{where}: sliding_window is {window}, shorter than max_position_embeddings {longest}, and attention here is "
-            "over the whole sequence; choose a model without it"
+            f"{where}: sliding_window is {window}, shorter than max_position_embeddings {longest}, and attention "
+            "here is over the whole sequence; choose a model without it"
         )
 
 

@@ -57,7 +57,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    barrier: Callable[[], None] = field(default=lambda: None)
+    barrier: Callable[[], object] = field(default=lambda: None)
 
 
 def check_output(output: Path) -> None:
@@ -70,7 +70,7 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: already there; choose another --output or remove it")
 
 
-def export_model(job: Export, ranks: Ranks = Ranks(), report: Callable[[int], None] = lambda count: None) -> None:
+def export_model(job: Export, ranks: Ranks = Ranks(), report: Callable[[int], object] = lambda count: None) -> None:
     """Write the folder; `report` is called with the parameters of every tensor written.
 
     Raises:
@@ -142,7 +142,7 @@ def _write_file(
     stored: StoredTensors,
     dtype: torch.dtype,
     job: Export,
-    report: Callable[[int], None],
+    report: Callable[[int], object],
 ) -> None:
     import safetensors.torch
 

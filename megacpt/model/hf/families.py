@@ -155,7 +155,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     if name is None:
         # Old conversion scripts leave it out.
         name = next((f.architecture for f in FAMILIES.values() if f.model_type == config.get("model_type")), None)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"{where}: architecture {name or config.get('model_type') or 'unnamed'} is not supported; "
             f"megacpt imports {', '.join(FAMILIES)}"

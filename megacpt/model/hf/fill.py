@@ -1,4 +1,4 @@
-"""Import: this rank's parameters filled in place from a Hugging Face folder, reading only the slices that they cover."""
+"""Import: this rank's parameters filled in place from a Hugging Face folder, slice by slice of what they cover."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from megacpt.model.hf.source import Source
 from megacpt.model.hf.table import Family, Weight, checkpoint_key
 
 LAYER_NUMBER = re.compile(r"(?<=\.layers\.)(\d+)\.")
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 """Called with the number of parameters that have just been filled."""
 
 
 class Target(NamedTuple):
-    """A part of this rank's parameters: which weight, which layer, from which row and column on; `data` is written to."""
+    """A part of this rank's parameters: of which weight and layer, from which row and column on; `data` gets filled."""
 
     weight: Weight
     layer: int | None
@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
 
 def targets(chunks: Sequence[torch.nn.Module], family: Family) -> list[Target]:
-    """What this rank has to fill: its shards, layer by layer; megatron-core says which part of the whole each one is."""
+    """What this rank has to fill, layer by layer; megatron-core says which part of the whole each shard is."""
     weights = {weight.key: weight for weight in family.weights}
     found = []
     for chunk in chunks:

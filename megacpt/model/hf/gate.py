@@ -1,7 +1,7 @@
 """The gate: imported weights have to compute what transformers computes from the same folder, or no run starts.
 
-Two comparisons at the layout that will train. Each layer alone: it gets transformers' input and has to give transformers'
-output, so that the first layer that departs has a name. Then the whole chain: logits end to end, through the pipeline.
+Two comparisons at the layout that will train. Each layer alone: it gets transformers' input and has to give
+transformers' output, so that the first layer that departs has a name. Then the chain: logits, through the pipeline.
 The reference is transformers in fp32 on weights rounded to the training dtype; it holds one layer at a time.
 """
 
@@ -44,7 +44,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors over tolerances (above 1: refused): embedding, layers, output layer; and the relative error of the logits."""
+    """Errors over tolerances (above 1: refused) of embedding, layers, output; the relative error of the logits."""
 
     ratios: list[float]
     logits: float
@@ -60,7 +60,7 @@ class Verdict:
 def check_import(
     chunks: Sequence[LlamaModel], source: Source, architecture: Architecture, tokens: torch.Tensor
 ) -> Verdict:
-    """Compare the model in `chunks` (all ranks together) with transformers on `tokens`, int64 [n, s], the same everywhere.
+    """Compare the model in `chunks`, all ranks together, with transformers on `tokens` (int64 [n, s], the same on all).
 
     Raises:
         UserError: transformers is not installed, or the two depart; names the first layer that does.

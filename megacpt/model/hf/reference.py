@@ -28,8 +28,8 @@ def require_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "the gate compares logits with transformers, which is not installed; pip install 'megacpt[hf]', or pass the "
-            "gate by at your own risk (--no-gate, init.gate=false)"
+            "the gate compares logits with transformers, which is not installed; pip install 'megacpt[hf]', or "
+            "do without it at your own risk (--no-gate, init.gate=false)"
         ) from error
     return transformers
 
@@ -38,7 +38,7 @@ def require_transformers() -> Any:
 def reference_activations(
     source: Source, config: Mapping[str, Any], tokens: torch.Tensor, weight_dtype: torch.dtype
 ) -> Activations:
-    """transformers' own model class and forward pass on `tokens` int64 [n, s], in fp32, weights rounded to `weight_dtype`.
+    """transformers' own model and forward pass on `tokens` int64 [n, s], in fp32 on weights rounded to `weight_dtype`.
 
     The model is built without storage; a layer gets its weights when the forward pass reaches it and loses them after.
 
@@ -90,9 +90,9 @@ def _lend_weights(
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
-    empty = [module._parameters[name] for module, name, _ in places]
+    empty = [module._parameters[name] for module, name, _full in places]
 
-    def fill(*_: object) -> None:
+    def fill(*_arguments: object) -> None:
         for module, name, full in places:
             # A tied output layer has no tensor of its own.
             stored = source.family.renamed.get(full, full)
@@ -101,8 +101,8 @@ def _lend_weights(
             tensor = source.read(stored).to(weight_dtype).to(device, torch.float32)
             module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 
-    def empty_again(*_: object) -> None:
-        for (module, name, _), parameter in zip(places, empty, strict=True):
+    def empty_again(*_arguments: object) -> None:
+        for (module, name, _full), parameter in zip(places, empty, strict=True):
             module._parameters[name] = parameter
 
     unit.register_forward_pre_hook(fill, prepend=True)

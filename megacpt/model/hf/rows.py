@@ -1,7 +1,7 @@
 """How the rows of a fused tensor are made of rows of Hugging Face tensors: pure arithmetic on intervals.
 
-A layout is a list of spans; laid end to end they are the rows of the fused tensor. Import asks which rows an interval of
-the fused tensor needs (`cut`); export asks where the rows of one part lie (`places`).
+A layout is a list of spans; laid end to end they are the rows of the fused tensor. Import asks which rows an interval
+of the fused tensor needs (`cut`); export asks where the rows of one part lie (`places`).
 """
 
 from collections.abc import Sequence

@@ -83,21 +83,21 @@ class Source:
                 )
             if found.dtype is None:
                 raise UserError(
-                    f"{found.file}: tensor {name} has type {found.dtype_name}, expected F32, F16 or BF16; use the model's "
-                    "unquantised weights"
+                    f"{found.file}: tensor {name} has type {found.dtype_name}, expected F32, F16 or BF16; use the "
+                    "model's unquantised weights"
                 )
             if found.shape != home.shape:
                 raise UserError(
-                    f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(home.shape)}; "
-                    "the two files are not of one model"
+                    f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for "
+                    f"{list(home.shape)}; the two files are not of one model"
                 )
         present = self.family.weights_of(self.architecture)
         tied = [part.name for weight in self.family.weights if weight not in present for part in weight.parts]
         for name in self.tensors.keys() - expected.keys():
             if not name.endswith((*self.family.ignored, *tied)):
                 raise UserError(
-                    f"{self.tensors[name].file}: tensor {name} is none of {self.family.architecture}'s; the folder holds "
-                    "another model, or an adapter"
+                    f"{self.tensors[name].file}: tensor {name} is none of {self.family.architecture}'s; the folder "
+                    "holds another model, or an adapter"
                 )
 
     @property

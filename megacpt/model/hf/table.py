@@ -129,7 +129,7 @@ class Family:
 
 
 def checkpoint_key(key: str) -> str:
-    """Megatron's local names (a norm of its own before each linear layer) as the Transformer Engine names of checkpoints."""
+    """A key with Megatron's local names (norms apart from the linear layers) as Transformer Engine names it."""
     for local, fused in CHECKPOINT_NAMES.items():
         key = key.replace(f".{local}", f".{fused}")
     return key

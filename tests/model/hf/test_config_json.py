@@ -12,7 +12,7 @@ from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.families import FAMILIES, LLAMA, family_for
-from tests.model.hf.models import COMMON, SHAPES
+from tests.model.hf.models import SHAPES, config_of
 
 # Llama-3.1-8B as published, with the field names of transformers 4.
 LLAMA31_8B: dict[str, Any] = {
@@ -64,14 +64,11 @@ def test_a_new_config_reads_back_here_and_in_transformers(preset: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(SHAPES))
 def test_config_of_transformers_5(kind: str, tmp_path: Path) -> None:
-    mistral = kind == "mistral"
-    config_class = transformers.MistralConfig if mistral else transformers.LlamaConfig
-    config = config_class(**(COMMON | SHAPES[kind])).to_dict()
-    config["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
+    config = config_of(kind).to_dict()
     architecture = architecture_from(config, "config.json")
     assert architecture.vocab_size == SHAPES[kind]["vocab_size"]
     assert (architecture.rope_scaling_factor == 8.0) == (kind == "llama3")
-    assert architecture.untie_embeddings_and_output_weights == (kind != "tied")
+    assert architecture.untie_embeddings_and_output_weights == ("tied" not in kind)
     assert config_for(architecture, config, FAMILIES[config["architectures"][0]]) == config
 
 
@@ -97,7 +94,7 @@ def test_config_of_transformers_5(kind: str, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match="^DIR/config.json: ") as refusal:
+    with pytest.raises(UserError, match=r"^DIR/config\.json: ") as refusal:
         architecture_from(LLAMA31_8B | change, "DIR/config.json")
     assert words in str(refusal.value)
 

@@ -1,5 +1,6 @@
-"""Models made by transformers, imported at every layout: the same logits, a passing gate, an export equal to the bit."""
+"""Models made by transformers, imported at every layout: the same logits, a passing gate, every bit exported."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,8 @@ def convert_all(models: Path, exports: Path, cut: Cut) -> dict[str, torch.Tensor
         verdict = check_import(chunks, origin.source, origin.architecture, TOKENS)
         assert max(verdict.ratios) < 0.1
         results[kind] = logits_of(chunks)
-        writer = origin
-        folder = save_weights(
-            exports / f"{kind}_checkpoint", chunks, lambda target: writer.write(target, writer.architecture)
-        )
+        write_base = partial(origin.write, architecture=origin.architecture)
+        folder = save_weights(exports / f"{kind}_checkpoint", chunks, write_base)
         output = HFOutput(exports / kind, shard_bytes=200_000)
         export_checkpoint(folder, output, lambda count: None)
     return results
