@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megacpt.errors import UserError
-from megacpt.model.hf.source import TensorInfo
+from megacpt.model.hf.weight_files import TensorInfo
 
 
 class GGUF:
