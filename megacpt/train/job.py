@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -22,23 +21,19 @@ from megacpt.files import disk_errors, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, run_batches, stage_reads_batches
 from megacpt.model.gpt import LlamaModel
-from megacpt.model.hf.fill import fill_weights
-from megacpt.model.hf.gate import check_import
-from megacpt.model.init import draw_weights
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import (
     TrainState,
-    find_checkpoint,
     load_all,
-    load_weights,
     remove_partial,
     save_checkpoint,
 )
-from megacpt.train.exchange import GATE_SHAPE, HFOutput, export_checkpoint
+from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
+from megacpt.train.start import initial_weights
 
 
 @dataclass
@@ -242,7 +237,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
-    verdict = _initial_weights(plan, chunks) if plan.resume is None else None
+    verdict = initial_weights(plan, chunks) if plan.resume is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
@@ -266,36 +261,6 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         log=log,
         progress=_progress(plan),
     )
-
-
-def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> str | None:
-    """Draw, load or import; returns what there is to say about an import."""
-    init = plan.config.init
-    if init.hf is not None:
-        return _import_weights(plan, chunks)
-    if init.checkpoint is None:
-        draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
-        return None
-    folder = find_checkpoint(init.checkpoint)
-    assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks, plan.architecture.vocab_size)
-    return None
-
-
-def _import_weights(plan: Plan, chunks: list[LlamaModel]) -> str:
-    assert plan.origin is not None
-    source = plan.origin.source
-    assert source is not None, "init.hf has been opened"
-    fill_weights(chunks, source)
-    try:
-        if not plan.config.init.gate:
-            return f"NO GATE: whether the weights of {source.folder} were imported rightly has not been checked"
-        dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
-        sequences, length = GATE_SHAPE
-        tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
-        return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
-    finally:
-        source.close()
 
 
 def _base_folder(plan: Plan) -> Path | None:
