@@ -70,6 +70,8 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None) -> Arch
         )
     values: dict[str, Any] = dict(MODEL_PRESETS[model.preset]) if model.preset else {}
     values |= {f.name: v for f in fields(Architecture) if (v := getattr(model, f.name)) is not None}
+    if model.kv_channels is None and (model.hidden_size is not None or model.num_attention_heads is not None):
+        values["kv_channels"] = None  # the preset's was its own hidden_size / num_attention_heads
     if values.get("vocab_size") is None:
         values["vocab_size"] = tokenizer_vocab_size
     values.setdefault("rope_scaling_factor", None)
