@@ -102,9 +102,14 @@ def read_state(folder: Path) -> TrainState | None:
     if not path.is_file():
         return None
     try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint by editing {TRACKER}") from error
+        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        if not (state.mixture["start"] and state.mixture["sources"] and state.layout["threads"]):
+            raise ValueError("an empty field")
+        return state
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged ({error!r}); resume from an earlier checkpoint by editing {TRACKER}"
+        ) from error
 
 
 def remove_partial(root: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +17,7 @@ from megacpt.data.batches import BatchLayout, micro_batches
 from megacpt.data.blended import BlendedDataset
 from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
-from megacpt.files import disk_errors, write_text
+from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, run_batches, stage_reads_batches
 from megacpt.model.gpt import LlamaModel
@@ -72,6 +72,7 @@ class Job:
     batch_layout: BatchLayout
     batches: Iterator[Batch] | None
     log: MetricsLog | None
+    lock: IO[str] | None
     progress: Progress
 
     @property
@@ -243,6 +244,8 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
     if plan.resume is not None:
         load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
+    folder = Path(config.save.dir)
+    held = lock(folder / ".lock", f"the run folder {folder}") if rank.is_first else None
     data_rank = parallel_state.get_data_parallel_rank()
     batch_layout = BatchLayout(
         config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
@@ -259,6 +262,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         batch_layout=batch_layout,
         batches=_training_batches(plan, batch_layout),
         log=log,
+        lock=held,
         progress=_progress(plan),
     )
 
@@ -302,7 +306,6 @@ def _progress(plan: Plan) -> Progress:
 def _open_log(plan: Plan) -> MetricsLog:
     config, folder = plan.config, Path(plan.config.save.dir)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         # First, for what a killed save left may have filled the disk.
         remove_partial(folder / "checkpoints")
         write_text(folder / "config.yaml", dump_config(config))
