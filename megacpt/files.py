@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written to a temporary name, synced, renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,35 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet.
+
+    Raises:
+        UserError: it cannot be made there, for whatever reason the system gives.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
+
+
+def lock(path: Path, what: str) -> IO[str]:
+    """Take `path` (made if need be) as a lock: held until the returned file is closed, or this process ends.
+
+    Raises:
+        UserError: another process holds it; the sentence says that `what` is in use.
+    """
+    make_folder(path.parent)
+    with disk_errors(path):
+        handle = open(path, "w", encoding="utf-8")  # noqa: SIM115, its life is the lock's
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise UserError(f"{what} is in use by another process; wait for it, or choose another place") from error
+    return handle
+
+
 def sync_directory(folder: Path) -> None:
     """fsync a folder, so that a rename inside it survives a power cut; or a file that a library wrote."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -47,7 +77,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with disk_errors(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         except (FileExistsError, FileNotFoundError) as error:
             raise UserError(f"{path}: its folder cannot be made ({error.strerror}); choose another place") from error
         try:

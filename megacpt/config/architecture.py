@@ -142,6 +142,8 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
     if base is not None:
         _check_base(model.preset, values | {name: given[name] for name in WEIGHT_FIELDS if name in given}, given, base)
         values = asdict(base.architecture)
+    elif model.kv_channels is None and (model.hidden_size is not None or model.num_attention_heads is not None):
+        values["kv_channels"] = None  # the preset's was its own hidden_size / num_attention_heads
     values |= given
     if values.get("vocab_size") is None:
         values["vocab_size"] = tokenizer_vocab_size

@@ -15,7 +15,7 @@ from megacpt.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key and reads 3e-5 as a number, as YAML 1.2 does."""
+    """Safe YAML that refuses a repeated key, and reads 3e-5 as a number, as YAML 1.2 does, and 5e9 as a whole one."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -31,6 +31,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float | int:
+    if re.fullmatch(r"[-+]?\d+[eE]\+?\d+", node.value):
+        digits, _, exponent = node.value.lower().partition("e")
+        return int(digits) * 10 ** min(int(exponent), 400)
+    return loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")

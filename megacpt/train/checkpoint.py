@@ -104,10 +104,14 @@ def read_state(folder: Path) -> TrainState | None:
         return None
     try:
         state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        if not (state.mixture["start"] and state.mixture["sources"] and state.layout["threads"]):
+            raise ValueError("an empty field")
         unsaid = {f"model.{name}": value for name, value in DEFAULTS.items()}
         return replace(state, identity=unsaid | state.identity)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); resume from an earlier checkpoint by editing {TRACKER}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: damaged ({error!r}); resume from an earlier checkpoint by editing {TRACKER}"
+        ) from error
 
 
 def remove_partial(root: Path) -> None:

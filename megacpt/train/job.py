@@ -5,9 +5,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -18,27 +17,23 @@ from megacpt.data.batches import BatchLayout, micro_batches
 from megacpt.data.blended import BlendedDataset
 from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
-from megacpt.files import disk_errors, write_text
+from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, run_batches, stage_reads_batches
 from megacpt.model.gpt import LlamaModel
-from megacpt.model.hf.fill import fill_weights
-from megacpt.model.hf.gate import check_import
-from megacpt.model.init import draw_weights
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import (
     TrainState,
-    find_checkpoint,
     load_all,
-    load_weights,
     remove_partial,
     save_checkpoint,
 )
-from megacpt.train.exchange import GATE_SHAPE, HFOutput, export_checkpoint
+from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
+from megacpt.train.start import initial_weights
 
 
 @dataclass
@@ -77,6 +72,7 @@ class Job:
     batch_layout: BatchLayout
     batches: Iterator[Batch] | None
     log: MetricsLog | None
+    lock: IO[str] | None
     progress: Progress
 
     @property
@@ -242,12 +238,14 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
-    verdict = _initial_weights(plan, chunks) if plan.resume is None else None
+    verdict = initial_weights(plan, chunks) if plan.resume is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
     if plan.resume is not None:
         load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
+    folder = Path(config.save.dir)
+    held = lock(folder / ".lock", f"the run folder {folder}") if rank.is_first else None
     data_rank = parallel_state.get_data_parallel_rank()
     batch_layout = BatchLayout(
         config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
@@ -264,38 +262,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         batch_layout=batch_layout,
         batches=_training_batches(plan, batch_layout),
         log=log,
+        lock=held,
         progress=_progress(plan),
     )
-
-
-def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> str | None:
-    """Draw, load or import; returns what there is to say about an import."""
-    init = plan.config.init
-    if init.hf is not None:
-        return _import_weights(plan, chunks)
-    if init.checkpoint is None:
-        draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
-        return None
-    folder = find_checkpoint(init.checkpoint)
-    assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks, plan.architecture.vocab_size)
-    return None
-
-
-def _import_weights(plan: Plan, chunks: list[LlamaModel]) -> str:
-    assert plan.origin is not None
-    source = plan.origin.source
-    assert source is not None, "init.hf has been opened"
-    fill_weights(chunks, source)
-    try:
-        if not plan.config.init.gate:
-            return f"NO GATE: whether the weights of {source.folder} were imported rightly has not been checked"
-        dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
-        sequences, length = GATE_SHAPE
-        tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
-        return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
-    finally:
-        source.close()
 
 
 def _base_folder(plan: Plan) -> Path | None:
@@ -337,7 +306,6 @@ def _progress(plan: Plan) -> Progress:
 def _open_log(plan: Plan) -> MetricsLog:
     config, folder = plan.config, Path(plan.config.save.dir)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         # First, for what a killed save left may have filled the disk.
         remove_partial(folder / "checkpoints")
         write_text(folder / "config.yaml", dump_config(config))

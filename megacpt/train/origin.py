@@ -14,7 +14,7 @@ from megacpt.files import write_json
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.export import copy_companions
 from megacpt.model.hf.families import family_of
-from megacpt.model.hf.gguf import write_companions
+from megacpt.model.hf.gguf import write_tokenizer
 from megacpt.model.hf.source import Source, gguf_file, read_config
 from megacpt.train.checkpoint import BASE
 
@@ -53,7 +53,7 @@ class Origin:
         config = self.source.config if self.source is not None else read_config(self.folder)
         gguf = gguf_file(self.folder)
         if gguf is not None:
-            write_companions(gguf, target, config)
+            write_tokenizer(gguf, target)
         else:
             copy_companions(self.folder, target, skip=("config.json",))
         write_json(target / "config.json", config_for(architecture, config, family_of(config, str(self.folder))))

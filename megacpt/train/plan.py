@@ -22,6 +22,7 @@ from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
+from megacpt.model.hf.reference import require_transformers
 from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
@@ -209,6 +210,8 @@ def _origin(config: Config, resume: Resume | None) -> Origin | None:
     if resume is not None:
         return origin_of(resume.folder)
     if config.init.hf is not None:
+        if config.init.gate:
+            require_transformers()
         return open_hf(config.init.hf)
     folder = find_checkpoint(config.init.checkpoint) if config.init.checkpoint is not None else None
     return origin_of(folder) if folder is not None else None

@@ -16,3 +16,8 @@ def test_channels_per_head_follow_from_width_and_heads() -> None:
     for width in (2, 34):
         with pytest.raises(UserError, match=rf"hidden_size {width} .*num_attention_heads 4.*kv_channels"):
             resolve_architecture(Model(**shape, **rest, hidden_size=width, num_attention_heads=4), None)
+
+
+def test_a_head_is_as_wide_as_the_overridden_shape_says() -> None:
+    assert resolve_architecture(Model(preset="tiny", hidden_size=96), 100).kv_channels == 16
+    assert resolve_architecture(Model(preset="tiny", kv_channels=20, hidden_size=96), 100).kv_channels == 20

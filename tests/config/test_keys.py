@@ -83,9 +83,11 @@ eval.every
 eval.iters
 init.checkpoint
 init.hf
+init.gate
 save.dir
 save.interval
 save.keep_last
+save.hf_every
 logging.tensorboard
 logging.wandb_project
 runtime.threads

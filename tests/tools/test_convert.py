@@ -167,3 +167,28 @@ def test_layouts_that_do_not_divide(
     assert "cannot be divided into TP 1 x PP 3" in capsys.readouterr().err
     assert main(["export", "--checkpoint", str(healthy), "--output", str(tmp_path / "out")]) == 2
     assert "no checkpoint there" in capsys.readouterr().err
+
+
+def test_without_transformers_the_gate_says_so(
+    healthy: Path,
+    tmp_path: Path,
+    load_tool: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert load_tool("convert").main(["import", "--hf", str(healthy), "--output", str(tmp_path / "out")]) == 2
+    assert "transformers, which is not installed; pip install 'megacpt[hf]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_gate_a_warning(healthy: Path, tmp_path: Path) -> None:
+    imported = convert("import", "--hf", healthy, "--output", tmp_path / "out", "--no-gate", "--dtype", "bf16")
+    assert imported.returncode == 0, imported.stderr
+    assert "warning: NO GATE" in imported.stderr
+    assert "gate passed" not in imported.stdout
+    exported = convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf", "--shard-gb", "0.0001")
+    assert exported.returncode == 0, exported.stderr
+    source, found = tensors_of(healthy), tensors_of(tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    assert all(torch.equal(source[name].bfloat16(), found[name]) for name in source)

@@ -1,6 +1,7 @@
 """A user's mistake: one sentence that says what is wrong and where, exit code 2, nothing written."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import yaml
 
 from megacpt.data.indexed import write_dataset
 from megacpt.data.order import shuffled_pass
+from megacpt.files import lock
 from megacpt.runtime import setup
 from megacpt.train import plan
 from megacpt.train.__main__ import main
@@ -194,6 +196,26 @@ def _subprocess(configuration: Path, **environment: str) -> subprocess.Completed
     )
 
 
+def test_run_folder_in_use(corpora: Path, tmp_path: Path) -> None:
+    run, configuration = tmp_path / "run", tmp_path / "config.yaml"
+    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(run)}}), sort_keys=False))
+    with lock(run / ".lock", "this test"):
+        result = _subprocess(configuration)
+    assert result.returncode == 2
+    assert f"{run} is in use by another process" in result.stderr
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("damage", ['{"iteration": 2}', "[]", "{", '{"mixture": {}}'])
+def test_damaged_state(complaint: Complaint, corpora: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(corpora / "base", tmp_path / "damaged")
+    (folder,) = (tmp_path / "damaged" / "checkpoints").glob("iter_*")
+    state = json.loads((folder / "megacpt.json").read_text())
+    text = json.dumps(state | json.loads(damage)) if damage.startswith('{"mixture') else damage
+    (folder / "megacpt.json").write_text(text)
+    assert "megacpt.json: damaged" in complaint({"save": {"dir": str(tmp_path / "damaged")}})
+
+
 def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     configuration = tmp_path / "config.yaml"
     tree = tiny.tree(corpora, "x", {"save": {"dir": str(tmp_path / "run")}})
@@ -225,7 +247,7 @@ def test_the_run_folder_is_a_file(corpora: Path, tmp_path: Path) -> None:
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(configuration)}})))
     result = _subprocess(configuration)
     assert result.returncode == 2
-    assert f"{configuration}: cannot be written" in result.stderr
+    assert f"{configuration}: cannot be made" in result.stderr
     assert "Traceback" not in result.stderr
 
 

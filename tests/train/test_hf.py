@@ -1,6 +1,7 @@
 """Training that starts from a Hugging Face folder and leaves Hugging Face folders behind."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import yaml
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.data.indexed import IndexedDataset
+from megacpt.data.manifest import Manifest, TokenizerInfo, write_manifest
+from megacpt.data.tokenizer import load_tokenizer
+from megacpt.errors import UserError
 from megacpt.train.__main__ import main
+from megacpt.train.plan import make_plan
 from tests.jobs import small_config, write_corpus
 from tests.model.hf.models import make_model, tensors_of, transformers_logits
 from tests.ranks import run_ranks
@@ -119,3 +124,25 @@ def test_refusals(
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert not (folder / "never").exists()
+
+
+def test_tokens_of_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+    corpus, model = tmp_path / "corpus", tmp_path / "model"
+    write_corpus(corpus, VOCABULARY)
+    dataset = IndexedDataset(corpus)
+    words = {f"word{number}": number for number in range(900)} | {"[UNK]": 900}
+    for name in ("model", "other"):
+        shutil.copytree(folder / "model", tmp_path / name)
+        vocabulary = words if name == "model" else dict(list(words.items())[100:])
+        spec = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(spec))
+    made_by = load_tokenizer("HuggingFaceTokenizer", model / "tokenizer.json")
+    info = TokenizerInfo(made_by.type, made_by.sha256, made_by.vocab_size, made_by.eod_id)
+    manifest = Manifest("0", [], info, False, "uint16", documents=len(dataset), tokens=dataset.tokens)
+    write_manifest(corpus, manifest)
+    tree = configuration(folder, "never", init={"hf": str(model)})
+    tree["data"]["sources"] = {"walks": {"path": str(corpus), "weight": 1}}
+    assert make_plan(config_from(tree, "test"), 1, on_gpu=False).architecture.vocab_size == VOCABULARY
+    tree["init"]["hf"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other: its tokenizer .* is not the one that made the datasets"):
+        make_plan(config_from(tree, "test"), 1, on_gpu=False)

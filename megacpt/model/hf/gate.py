@@ -19,7 +19,7 @@ from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
 from megacpt.model.gpt import LlamaModel
 from megacpt.model.hf.config_json import architecture_from, config_for
-from megacpt.model.hf.reference import Activations, reference_activations, require_transformers
+from megacpt.model.hf.reference import Activations, reference_activations
 from megacpt.model.hf.source import Source
 
 
@@ -27,7 +27,7 @@ from megacpt.model.hf.source import Source
 class Tolerance:
     """Largest error of a token, as a norm: `change` x that of what a layer adds + `state` x that of what it adds to.
 
-    Logits: `alone` x their norm after the last layer alone, `chain` x their norm end to end.
+    Logits: `alone` x their norm from transformers' last state, `chain` x their norm end to end.
     """
 
     change: float
@@ -38,7 +38,7 @@ class Tolerance:
 
 TOLERANCES = {
     torch.float32: Tolerance(change=1e-4, state=1e-6, alone=1e-4, chain=1e-3),
-    torch.bfloat16: Tolerance(change=3e-2, state=8e-3, alone=3e-2, chain=2e-1),
+    torch.bfloat16: Tolerance(change=6e-2, state=1e-2, alone=5e-2, chain=2e-1),
 }
 
 
@@ -63,9 +63,8 @@ def check_import(
     """Compare the model in `chunks`, all ranks together, with transformers on `tokens` (int64 [n, s], the same on all).
 
     Raises:
-        UserError: transformers is not installed, or the two depart; names the first layer that does.
+        UserError: the two depart; names the first layer that does.
     """
-    require_transformers()
     first = next(chunks[0].parameters())
     config, dtype = chunks[0].config, first.dtype
     tokens = tokens[:, : tokens.shape[1] // config.tensor_model_parallel_size * config.tensor_model_parallel_size]
@@ -137,6 +136,9 @@ class _Comparison:
                 number = layer.layer_number - 1
                 handles.append(layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True))
                 handles.append(layer.register_forward_hook(partial(self._after, number)))
+            norm = chunk.decoder.final_layernorm if self.replace_inputs else None
+            if norm is not None:
+                handles.append(norm.register_forward_pre_hook(self._before_norm))
         with torch.no_grad():
             logits = get_forward_backward_func()(
                 forward_step_func=_forward,
@@ -174,6 +176,11 @@ class _Comparison:
             self._record(0, (found - expected).norm(dim=-1), self.tolerance.state * expected.norm(dim=-1))
         replaced = expected.to(found.dtype)
         return ((replaced, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": replaced})
+
+    def _before_norm(self, _: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        last = len(self.reference.states) - 1
+        expected = self._expected(last, self.seen[last - 1] - 1, args[0])
+        return (expected.to(args[0].dtype), *args[1:])
 
     def _after(self, layer: int, _: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         micro_batch = self.seen.get(layer, 0)

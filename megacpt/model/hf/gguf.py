@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megacpt.errors import UserError
-from megacpt.model.hf.source import TensorInfo
+from megacpt.model.hf.weight_files import TensorInfo
 
 
 class GGUF:
@@ -21,7 +21,8 @@ class GGUF:
             # gguf and transformers raise whatever their parsers meet.
             raise UserError(f"{path}: truncated, or not a GGUF file of a known architecture ({error})") from error
         self.config: dict[str, Any] = config.to_dict()
-        self.config |= {"architectures": [_architecture(config)], "quantization_config": None}
+        self.config.pop("quantization_config", None)
+        self.config["architectures"] = [_architecture(config)]
         self._state: dict[str, torch.Tensor] | None = None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -46,13 +47,10 @@ class GGUF:
         self._state = None
 
 
-def write_companions(path: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Write what a Hugging Face folder has besides weights: the file's configuration and its tokenizer."""
-    from megacpt.files import write_json
-
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer that a GGUF file holds as Hugging Face's files."""
     folder.mkdir(parents=True, exist_ok=True)
     _transformers(path).AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})
 
 
 def _architecture(config: Any) -> str:

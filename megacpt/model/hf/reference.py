@@ -1,8 +1,8 @@
 """What transformers computes from a folder's weights, with one layer of them in memory at a time."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,25 +18,22 @@ class Activations:
     logits: torch.Tensor
 
 
-def require_transformers() -> Any:
-    """The package.
+def require_transformers() -> None:
+    """Refuse to go on where the gate cannot run.
 
     Raises:
-        UserError: it is not installed.
+        UserError: transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
+    if importlib.util.find_spec("transformers") is None:
         raise UserError(
             "the gate compares logits with transformers, which is not installed; pip install 'megacpt[hf]', or "
             "do without it at your own risk (--no-gate, init.gate=false)"
-        ) from error
-    return transformers
+        )
 
 
 @torch.no_grad()
 def reference_activations(
-    source: Source, config: Mapping[str, Any], tokens: torch.Tensor, weight_dtype: torch.dtype
+    source: Source, config: Mapping[str, object], tokens: torch.Tensor, weight_dtype: torch.dtype
 ) -> Activations:
     """transformers' own model and forward pass on `tokens` int64 [n, s], in fp32 on weights rounded to `weight_dtype`.
 
@@ -45,7 +42,8 @@ def reference_activations(
     Args:
         config: the contents of config.json.
     """
-    transformers = require_transformers()
+    import transformers
+
     settings = transformers.CONFIG_MAPPING[source.family.model_type].from_dict(dict(config))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
