@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.gpt import LlamaModel
-from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_state
+from megacpt.train.foreign import holds_layers_one_by_one, take_stored_names
+from megacpt.train.optimizer import common_optimizer_state, load_optimizer_state, sharded_optimizer_state
 
 FAILURES = (Exception, CheckpointException)
 """What a failing save or load raises; torch's own class is no Exception."""
@@ -33,6 +34,13 @@ WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 """How megatron-core's names of a GPTModel's weights begin."""
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "megacpt.json"
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+"""megatron-core's words for how tensors are named and cut; its loaders ask for them."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +122,16 @@ def _named(chunks: Sequence[LlamaModel]) -> dict[str, LlamaModel]:
     return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _model_state(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
-    return {name: chunk.sharded_state_dict() for name, chunk in _named(chunks).items()}
+def _model_state(chunks: Sequence[LlamaModel], *, layer_by_layer: bool = False) -> dict[str, Any]:
+    metadata = {"non_homogeneous_layers": layer_by_layer}
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
 
 
 def _optimizer_state(
     optimizer: MegatronOptimizer, chunks: Sequence[LlamaModel], *, loading: bool
 ) -> dict[int, dict[int, dict[str, Any]]]:
     # A checkpoint holds a weight of all layers as one tensor. Its moments cannot be one where frozen layers have none.
-    by_layer = {"non_homogeneous_layers": any(chunk.some_layers_frozen for chunk in chunks)}
-    model_state = {name: chunk.sharded_state_dict(metadata=by_layer) for name, chunk in _named(chunks).items()}
+    model_state = _model_state(chunks, layer_by_layer=any(chunk.some_layers_frozen for chunk in chunks))
     return sharded_optimizer_state(optimizer, model_state, loading=loading)
 
 
@@ -134,8 +142,12 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     config_text: str,
     keep_last: int | None,
+    common: Mapping[str, Any],
 ) -> Path:
     """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
+
+    Args:
+        common: plain values stored beside the tensors, the same on every rank; for other readers than megacpt.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the previous checkpoint stays valid.
@@ -149,8 +161,9 @@ def save_checkpoint(
             partial.mkdir(parents=True)
         dist.barrier()
         sharded = _model_state(chunks)
-        sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=False)
-        sharded |= {"iteration": state.iteration, "checkpoint_version": 3.0}
+        in_common = common_optimizer_state(optimizer, state.iteration)
+        sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=False) | in_common
+        sharded |= common
         _write(sharded, partial)
         dist.barrier()
         if first:
@@ -182,7 +195,7 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     try:
-        dist_checkpointing.save(sharded, str(folder), async_strategy="mcore")
+        dist_checkpointing.save(sharded, str(folder), async_strategy="mcore", content_metadata=dict(CONTENT))
     except FAILURES as error:
         # The writer passes errors on as text; a full disk is then no OSError any more.
         if os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free == 0:
@@ -195,13 +208,18 @@ def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
     return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) -> None:
-    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed.
+def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
+    """Fill the model's parameters from a checkpoint of any layout, megacpt's or Megatron-LM's.
+
+    Other vocabulary padding is cut or zeroed.
 
     Raises:
-        UserError: the checkpoint's weights are not exactly this model's, in name and shape, or lack tokens of it.
+        UserError: the checkpoint's weights are not exactly this model's, in name and shape.
     """
-    loaded, left_over, absent = _load(_model_state(chunks), folder, strict="return_all")
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    sharded = _model_state(chunks, layer_by_layer=holds_layers_one_by_one(stored))
+    take_stored_names(sharded, stored)
+    loaded, left_over, absent = _load(sharded, folder, strict="return_all")
     for has, keys in (("lacks", absent), ("holds", left_over)):
         weights = sorted(key for key in keys if key.startswith(WEIGHTS) and "_extra_state" not in key)
         if weights:
@@ -209,12 +227,6 @@ def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) ->
                 f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
                 "checkpoint of the same model, or correct model.*"
             )
-    rows = dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].global_shape[0]
-    if rows < vocab_size:
-        raise UserError(
-            f"{folder}: has {rows:,} rows of vocabulary, this run needs {vocab_size:,}; use its own tokenizer, or "
-            "correct model.vocab_size"
-        )
     _restore_weights(chunks, loaded)
 
 

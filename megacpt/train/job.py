@@ -32,6 +32,7 @@ from megacpt.train.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
+from megacpt.train.interchange import megatron_state
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
@@ -187,6 +188,7 @@ class Job:
             self.optimizer,
             dump_config(self.plan.config),
             self.plan.config.save.keep_last,
+            megatron_state(self.plan, self.progress.iteration),
         )
         seconds = time.perf_counter() - began
         self.progress.interval_began += seconds
@@ -258,7 +260,7 @@ def _initial_weights(plan: Plan, chunks: list[LlamaModel]) -> None:
         return
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks, plan.architecture.vocab_size)
+    load_weights(folder, chunks)
 
 
 def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:

@@ -23,6 +23,7 @@ from megacpt.errors import UserError
 from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
+from megacpt.train.foreign import check_foreign, read_foreign
 from megacpt.train.schedule import LRSchedule
 
 SCAN_LIMIT = 256 << 20
@@ -214,7 +215,9 @@ def _check_init(plan: Plan) -> None:
             f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder"
         )
     state = read_state(folder)
+    stored = read_foreign(folder)
     if state is None:
+        check_foreign(stored, plan.architecture)
         return
     new = plan.identity()
     for key in [f"model.{name}" for name in SHAPE] + ["tokenizer"]:
