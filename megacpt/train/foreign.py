@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def _load_safely(path: Path, offset: int, length: int | None) -> Any:
         state = torch.load(content, map_location="cpu", weights_only=True)
         return torch.load(state, map_location="cpu", weights_only=True) if isinstance(state, io.BytesIO) else state
     except Exception as error:
-        unsafe = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        unsafe = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
         if unsafe:
             raise UserError(
                 f"{path}: its common state holds a {unsafe[1]}, which is not safe to read; save the checkpoint again "
@@ -181,19 +181,10 @@ def check_foreign(foreign: Foreign, architecture: Architecture) -> None:
                 f"init.checkpoint {foreign.folder}: was trained with {name}={args[name]}, megacpt's model needs "
                 f"{allowed[-1]}; choose a checkpoint of a Llama"
             )
-    theirs = {name: args.get(name) for name in SHARED}
-    theirs["norm_epsilon"] = args.get("layernorm_epsilon", args.get("norm_epsilon"))
-    if "group_query_attention" in args:
-        theirs["num_query_groups"] = args.get(
-            "num_query_groups" if args["group_query_attention"] else "num_attention_heads"
-        )
-    if "use_rope_scaling" in args:
-        # 0 stands for none: a factor that is None is one that the arguments do not tell.
-        theirs["rope_scaling_factor"] = args.get("rope_scaling_factor") if args["use_rope_scaling"] else 0
-    for name, value in theirs.items():
-        if value is not None and value != (getattr(architecture, name) or 0):
+    for name, value in _stated(args).items():
+        if value != getattr(architecture, name):
             raise UserError(
-                f"init.checkpoint {foreign.folder}: its {name} is {value or 'off'}, this run's model.{name} is "
+                f"init.checkpoint {foreign.folder}: its {name} is {value}, this run's model.{name} is "
                 f"{getattr(architecture, name)}; make them equal or choose another checkpoint"
             )
     rows = foreign.shapes.get("embedding.word_embeddings.weight", (architecture.vocab_size,))[0]
@@ -202,6 +193,20 @@ def check_foreign(foreign: Foreign, architecture: Architecture) -> None:
             f"init.checkpoint {foreign.folder}: has {rows:,} rows of vocabulary, this run needs "
             f"{architecture.vocab_size:,}; use its own tokenizer, or correct model.vocab_size"
         )
+
+
+def _stated(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `model` that Megatron-LM's arguments tell, with their values."""
+    told = {name: args.get(name) for name in SHARED}
+    told["norm_epsilon"] = args.get("layernorm_epsilon", args.get("norm_epsilon"))
+    if "group_query_attention" in args:
+        told["num_query_groups"] = args.get(
+            "num_query_groups" if args["group_query_attention"] else "num_attention_heads"
+        )
+    told = {name: value for name, value in told.items() if value is not None}
+    if "use_rope_scaling" in args:
+        told["rope_scaling_factor"] = args.get("rope_scaling_factor", 8.0) if args["use_rope_scaling"] else None
+    return told
 
 
 def holds_layers_one_by_one(names: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ import io
 import queue
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ def load(peer: Peer) -> int:
 
     with contextlib.redirect_stdout(io.StringIO()):
         return load_checkpoint(peer.chunks, peer.optimizer, peer.scheduler)[0]
+
+
+def recovered_arguments(peer: Peer, names: Iterable[str]) -> dict[str, Any]:
+    """What `--use-checkpoint-args` finds in the checkpoint at `args.load` where the command line says nothing."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    args = Namespace(**vars(peer.args) | dict.fromkeys(names))
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_args_from_checkpoint(args)
+    return {name: getattr(args, name) for name in names}
 
 
 def logits(peer: Peer, tokens_BS: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict, load_tensors_metadata
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megacpt.config.tree import Config
@@ -21,6 +22,23 @@ from tests.train import megatron_lm
 pytest.importorskip("megatron.training.checkpointing", reason="this megatron-core ships no megatron.training")
 
 UNTIED = "--untie-embeddings-and-output-weights"
+ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "rotary_base",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
+"""Of those that `--use-checkpoint-args` takes over, the ones that make a Llama."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),
@@ -88,13 +106,16 @@ def _save_and_go_on(config: Config, tokens: torch.Tensor) -> tuple[torch.Tensor,
     return logits, [jobs.step(job)[0] for _ in range(2)]
 
 
-def _load_and_go_on(flags: tuple[str, ...], batches: list[Batch]) -> tuple[int, int, torch.Tensor, list[float]]:
-    """Megatron-LM's loader: iteration, consumed samples, logits of the first batch, losses of training on them."""
+def _load_and_go_on(flags: tuple[str, ...], batches: list[Batch]) -> tuple[int, torch.Tensor, list[float]]:
+    """Megatron-LM's loader: its iteration, logits of the first batch, losses of training on all of them."""
     peer = megatron_lm.build(*flags)
     iteration = megatron_lm.load(peer)
+    assert peer.args.consumed_train_samples == iteration * peer.args.global_batch_size
+    recovered = megatron_lm.recovered_arguments(peer, ARGUMENTS)
+    assert recovered == {name: getattr(peer.args, name) for name in ARGUMENTS}
     with torch.no_grad():
         logits = megatron_lm.logits(peer, batches[0]["tokens"])
-    return iteration, peer.args.consumed_train_samples, logits, [megatron_lm.step(peer, batch) for batch in batches]
+    return iteration, logits, [megatron_lm.step(peer, batch) for batch in batches]
 
 
 def test_into_megatron_lm(tmp_path: Path) -> None:
@@ -104,8 +125,8 @@ def test_into_megatron_lm(tmp_path: Path) -> None:
     batches = list(itertools.islice(_batches(config), 2, 4))
     ours, losses = run_ranks(_save_and_go_on, 2, config, batches[0]["tokens"])[0]
     flags = megatron_lm.where(tmp_path / "run" / "checkpoints", UNTIED, "--vocab-size", "512")
-    ((iteration, consumed, theirs, history),) = run_ranks(_load_and_go_on, 1, flags, batches)
-    assert (iteration, consumed) == (2, 16)
+    ((iteration, theirs, history),) = run_ranks(_load_and_go_on, 1, flags, batches)
+    assert iteration == 2
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     assert history == pytest.approx(losses, rel=1e-5)
 
@@ -119,6 +140,30 @@ def test_weights_into_megatron_lm(tmp_path: Path) -> None:
     place = megatron_lm.where(tmp_path / "run" / "checkpoints", "--make-vocab-size-divisible-by", "7")
     real = slice(0, jobs.VOCABULARY)
     for flag, first in (("--finetune", 0), ("--no-load-optim", 2)):
-        ((iteration, _, theirs, _),) = run_ranks(_load_and_go_on, 1, (*place, flag), [batch])
+        ((iteration, theirs, _),) = run_ranks(_load_and_go_on, 1, (*place, flag), [batch])
         assert iteration == first
         torch.testing.assert_close(theirs[..., real], ours[..., real], rtol=1e-5, atol=1e-5)
+
+
+def _write_bf16(flags: tuple[str, ...], batch: Batch) -> None:
+    peer = megatron_lm.build(*flags)
+    megatron_lm.step(peer, batch)
+    megatron_lm.save(peer, 1)
+
+
+def test_distributed_optimizer_of_megatron_lm(tmp_path: Path) -> None:
+    """Entry by entry: without apex or Transformer Engine, Megatron-LM cannot load this form even of its own."""
+    config = jobs.small_config(tmp_path, precision={"dtype": "bf16"})
+    run_ranks(jobs.steps_then_save, 1, config, 1)
+    optimizer = ("--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+    flags = megatron_lm.where(tmp_path / "peer", *optimizer, "--make-vocab-size-divisible-by", "128", UNTIED)
+    run_ranks(_write_bf16, 1, flags, next(_batches(config)))
+    folders = [tmp_path / "run" / "checkpoints" / "iter_0000001", tmp_path / "peer" / "iter_0000001"]
+    ours, theirs = (
+        {key: (t.global_shape, t.dtype) for key, t in load_tensors_metadata(str(folder)).items()} for folder in folders
+    )
+    assert ours == theirs
+    commons = [load_common_state_dict(str(folder)) for folder in folders]
+    for common in commons:
+        del common["args"], common["num_floating_point_operations_so_far"]
+    assert commons[0] == commons[1]
