@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 model=${1:-tiny}
 case $model in
 tiny) run=runs/quickstart ;;
-smollm2) run=runs/quickstart_smollm2 ;;
+smollm2) run=runs/quickstart/smollm2 ;;
 *)
     echo "error: MODEL=$model is unknown; the quickstart has MODEL=tiny and MODEL=smollm2" >&2
     exit 2

@@ -26,7 +26,8 @@ from megacpt.config.architecture import DEFAULTS
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.gpt import LlamaModel
-from megacpt.train.optimizer import load_optimizer_state, sharded_optimizer_state
+from megacpt.train.foreign import holds_layers_one_by_one, take_stored_names
+from megacpt.train.optimizer import common_optimizer_state, load_optimizer_state, sharded_optimizer_state
 
 FAILURES = (Exception, CheckpointException)
 """What a failing save or load raises; torch's own class is no Exception."""
@@ -38,6 +39,13 @@ BASE = "hf"
 """The folder inside a checkpoint for the small files of the Hugging Face model that it began from."""
 RELEASE = "release"
 """Megatron's name for a checkpoint that no training wrote."""
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+"""megatron-core's words for how tensors are named and cut; its loaders ask for them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,21 @@ class TrainState:
     identity: dict[str, Any]
     layout: dict[str, Any]
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a checkpoint holds beside tensors and state.
+
+    Attributes:
+        config_text: the resolved configuration, YAML.
+        common: plain values in megatron-core's common state, the same on every rank; for other readers than megacpt.
+        base: a folder to copy: the Hugging Face files of the model that the run began from.
+    """
+
+    config_text: str
+    common: dict[str, Any]
+    base: Path | None
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -125,16 +148,16 @@ def _named(chunks: Sequence[LlamaModel]) -> dict[str, LlamaModel]:
     return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _model_state(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
-    return {name: chunk.sharded_state_dict() for name, chunk in _named(chunks).items()}
+def _model_state(chunks: Sequence[LlamaModel], *, layer_by_layer: bool = False) -> dict[str, Any]:
+    metadata = {"non_homogeneous_layers": layer_by_layer}
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
 
 
 def _optimizer_state(
     optimizer: MegatronOptimizer, chunks: Sequence[LlamaModel], *, loading: bool
 ) -> dict[int, dict[int, dict[str, Any]]]:
     # A checkpoint holds a weight of all layers as one tensor. Its moments cannot be one where frozen layers have none.
-    by_layer = {"non_homogeneous_layers": any(chunk.some_layers_frozen for chunk in chunks)}
-    model_state = {name: chunk.sharded_state_dict(metadata=by_layer) for name, chunk in _named(chunks).items()}
+    model_state = _model_state(chunks, layer_by_layer=any(chunk.some_layers_frozen for chunk in chunks))
     return sharded_optimizer_state(optimizer, model_state, loading=loading)
 
 
@@ -143,30 +166,27 @@ def save_checkpoint(
     state: TrainState,
     chunks: Sequence[LlamaModel],
     optimizer: MegatronOptimizer,
-    config_text: str,
+    beside: Beside,
     keep_last: int | None,
-    base: Path | None = None,
 ) -> Path:
     """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
-
-    `base`, the Hugging Face files of the model that the run began from, is copied into it.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the previous checkpoint stays valid.
     """
 
     def sharded() -> dict[str, Any]:
-        tensors = _model_state(chunks)
-        tensors["optimizer"] = _optimizer_state(optimizer, chunks, loading=False)
-        return tensors | {"iteration": state.iteration, "checkpoint_version": 3.0}
+        in_common = common_optimizer_state(optimizer, state.iteration)
+        optimizer_state = _optimizer_state(optimizer, chunks, loading=False) | in_common
+        return _model_state(chunks) | {"optimizer": optimizer_state} | beside.common
 
-    def beside(folder: Path) -> None:
+    def files(folder: Path) -> None:
         write_json(folder / STATE, asdict(state))
-        write_text(folder / "run_config.yaml", config_text)
-        if base is not None:
-            shutil.copytree(base, folder / BASE)
+        write_text(folder / "run_config.yaml", beside.config_text)
+        if beside.base is not None:
+            shutil.copytree(beside.base, folder / BASE)
 
-    final = _publish(iteration_folder(root, state.iteration), str(state.iteration), sharded, beside)
+    final = _publish(iteration_folder(root, state.iteration), str(state.iteration), sharded, files)
     if dist.get_rank() == 0:
         for old in _surplus(final, keep_last):
             shutil.rmtree(old, ignore_errors=True)
@@ -191,7 +211,7 @@ def save_weights(root: Path, chunks: Sequence[LlamaModel], write_base: Callable[
     )
 
 
-def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], beside: Callable[[Path], None]) -> Path:
+def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], files: Callable[[Path], None]) -> Path:
     """Write under a hidden name from all ranks, rename, point the tracker to it."""
     root = final.parent
     partial = root / f".{final.name}.partial"
@@ -204,7 +224,7 @@ def _publish(final: Path, tracked: str, sharded: Callable[[], dict[str, Any]], b
         _write(sharded(), partial)
         dist.barrier()
         if first:
-            beside(partial)
+            files(partial)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(partial, final)
@@ -229,7 +249,7 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
     try:
-        dist_checkpointing.save(sharded, str(folder), async_strategy="mcore")
+        dist_checkpointing.save(sharded, str(folder), async_strategy="mcore", content_metadata=dict(CONTENT))
     except FAILURES as error:
         # The writer passes errors on as text; a full disk is then no OSError any more.
         if os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(folder).free == 0:
@@ -242,13 +262,18 @@ def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
     return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) -> None:
-    """Fill the model's parameters from a checkpoint of any layout; other vocabulary padding is cut or zeroed.
+def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
+    """Fill the model's parameters from a checkpoint of any layout, megacpt's or Megatron-LM's.
+
+    Other vocabulary padding is cut or zeroed.
 
     Raises:
-        UserError: the checkpoint's weights are not exactly this model's, in name and shape, or lack tokens of it.
+        UserError: the checkpoint's weights are not exactly this model's, in name and shape.
     """
-    loaded, left_over, absent = _load(_model_state(chunks), folder, strict="return_all")
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    sharded = _model_state(chunks, layer_by_layer=holds_layers_one_by_one(stored))
+    take_stored_names(sharded, stored)
+    loaded, left_over, absent = _load(sharded, folder, strict="return_all")
     for has, keys in (("lacks", absent), ("holds", left_over)):
         weights = sorted(key for key in keys if key.startswith(WEIGHTS) and "_extra_state" not in key)
         if weights:
@@ -256,12 +281,6 @@ def load_weights(folder: Path, chunks: Sequence[LlamaModel], vocab_size: int) ->
                 f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
                 "checkpoint of the same model, or correct model.*"
             )
-    rows = dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].global_shape[0]
-    if rows < vocab_size:
-        raise UserError(
-            f"{folder}: has {rows:,} rows of vocabulary, this run needs {vocab_size:,}; use its own tokenizer, or "
-            "correct model.vocab_size"
-        )
     _restore_weights(chunks, loaded)
 
 

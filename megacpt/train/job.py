@@ -24,12 +24,14 @@ from megacpt.model.gpt import LlamaModel
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import (
+    Beside,
     TrainState,
     load_all,
     remove_partial,
     save_checkpoint,
 )
 from megacpt.train.exchange import HFOutput, export_checkpoint
+from megacpt.train.interchange import megatron_state
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
 from megacpt.train.plan import Plan
@@ -180,15 +182,13 @@ class Job:
         """Write a checkpoint of now."""
         began = time.perf_counter()
         root = Path(self.plan.config.save.dir) / "checkpoints"
-        folder = save_checkpoint(
-            root,
-            self._state(),
-            self.chunks,
-            self.optimizer,
+        beside = Beside(
             dump_config(self.plan.config),
-            self.plan.config.save.keep_last,
+            megatron_state(self.plan, self.progress.iteration),
             _base_folder(self.plan),
         )
+        keep_last = self.plan.config.save.keep_last
+        folder = save_checkpoint(root, self._state(), self.chunks, self.optimizer, beside, keep_last)
         if self.plan.exports_after(self.progress.iteration):
             self._export(folder)
         seconds = time.perf_counter() - began

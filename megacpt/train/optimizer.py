@@ -1,13 +1,12 @@
 """AdamW through megatron-core, and its state in model space, which any layout can load.
 
 Moments (and bf16's fp32 main parameters) are saved tensor by tensor under `optimizer.state.<name>.<parameter>`, the
-layout of megatron-core's "fully reshardable" format, whether or not the optimizer is distributed. `step` is no tensor
+names of megatron-core's "fully reshardable" format, whether or not the optimizer is distributed. `step` is no tensor
 here: it is the iteration, written back into every parameter's own state after a load. (torch keeps `step` per
 parameter; megatron-core restores one tensor shared by all, which then advances once per parameter.)
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from megacpt.config.tree import Optimizer, Precision
 from megacpt.model.gpt import LlamaModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "fp32_param"
+MAIN = "param"
 
 
 def wrap_chunks(
@@ -105,7 +104,7 @@ def _allocate(part: MegatronOptimizer) -> None:
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
 ) -> dict[int, dict[int, dict[str, Any]]]:
-    """By part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, fp32_param (bf16 only): sharded tensor}.
+    """By part of the optimizer: parameter number -> {exp_avg, exp_avg_sq, param (bf16 only): sharded tensor}.
 
     Args:
         model_state: the model's sharded state dict, whose entries hold the live parameters.
@@ -134,12 +133,26 @@ def sharded_optimizer_state(
 
 
 def _named(tensors: dict[str, Any], bf16: bool) -> dict[str, Any]:
-    """megacpt's names for a distributed optimizer's tensors; in fp32 the main parameter is the model's own."""
-    named = {name: tensors[name] for name in MOMENTS}
-    if bf16:
-        main = tensors["param"]
-        named[MAIN] = replace(main, key=main.key.replace("optimizer.state.param.", f"optimizer.state.{MAIN}.", 1))
-    return named
+    """Of a distributed optimizer's tensors those to keep; in fp32 the main parameter is the model's own."""
+    return {name: tensors[name] for name in (*MOMENTS, *([MAIN] if bf16 else []))}
+
+
+def common_optimizer_state(optimizer: MegatronOptimizer, iteration: int) -> dict[str, Any]:
+    """What Megatron-LM's own optimizer wants back besides tensors: groups' settings and the step; {} without any.
+
+    megacpt does not read it. In fp32 the plain optimizer finds it, in bf16 the distributed one, one level deeper.
+    """
+    parts = _parts(optimizer)
+    if len(parts) != 1:
+        return {}
+    (part,) = parts
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+    inner: dict[str, Any] = {"param_groups": [group | {"step": iteration} for group in groups]}
+    if part.config.bf16:
+        return {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}
+    if isinstance(part.optimizer, torch.optim.AdamW | torch.optim.Adam):
+        inner["state"] = {"common_step": torch.tensor(float(iteration))}
+    return inner
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from megacpt.model.hf.reference import require_transformers
 from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState, find_checkpoint, read_state
+from megacpt.train.foreign import check_foreign, read_foreign
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.schedule import LRSchedule
 
@@ -252,7 +253,9 @@ def _check_init(plan: Plan) -> None:
             f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder"
         )
     state = read_state(folder)
+    stored = read_foreign(folder)
     if state is None:
+        check_foreign(stored, plan.architecture)
         return
     new = plan.identity()
     for key in [f"model.{name}" for name in WEIGHT_FIELDS] + ["tokenizer"]:

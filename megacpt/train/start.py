@@ -29,7 +29,7 @@ def initial_weights(plan: Plan, chunks: Sequence[LlamaModel]) -> str | None:
         return None
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks, plan.architecture.vocab_size)
+    load_weights(folder, chunks)
     return None
 
 

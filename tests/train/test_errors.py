@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from megatron.core import dist_checkpointing
 
+from megacpt.config.load import config_from
 from megacpt.data.indexed import write_dataset
 from megacpt.data.order import shuffled_pass
+from megacpt.errors import UserError
 from megacpt.files import lock
 from megacpt.runtime import setup
 from megacpt.train import plan
 from megacpt.train.__main__ import main
+from megacpt.train.job import build_job
+from megacpt.train.plan import make_plan
 from tests.ranks import run_ranks
 from tests.train import tiny
 
@@ -150,24 +155,53 @@ def test_starting_weights_of_another_model(complaint: Complaint, corpora: Path) 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"num_layers": 2}, "Global shape mismatch"),
+        ({"num_layers": 2}, "its num_layers is 4, this run's model.num_layers is 2"),
         ({"vocab_size": 1400}, "1,024 rows of vocabulary, this run needs 1,400"),
-        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which this run's model has not"),
+        ({"norm_epsilon": 1.0e-6}, "its norm_epsilon is 1e-05, this run's model.norm_epsilon is 1e-06"),
     ],
 )
-def test_starting_weights_of_a_foreign_checkpoint(corpora: Path, tmp_path: Path, model: tiny.Tree, words: str) -> None:
-    """Without megacpt.json there is nothing but the tensors themselves to compare."""
+def test_starting_weights_of_a_foreign_checkpoint(
+    complaint: Complaint, corpora: Path, tmp_path: Path, model: tiny.Tree, words: str
+) -> None:
+    """Without megacpt.json there are Megatron-LM's arguments."""
     (folder,) = (corpora / "base" / "checkpoints").glob("iter_*")
     foreign = shutil.copytree(folder, tmp_path / folder.name)
     (foreign / "megacpt.json").unlink()
-    change = {"init": {"checkpoint": str(foreign)}, "save": {"dir": str(tmp_path / "run")}, "model": model}
-    configuration = tmp_path / "config.yaml"
-    configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", change), sort_keys=False))
-    result = _subprocess(configuration)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    assert words in complaint({"init": {"checkpoint": str(foreign)}, "model": model})
+
+
+def _save_weights(tree: tiny.Tree) -> None:
+    """A checkpoint of fresh weights, and nothing else that says what they are."""
+    config = config_from(tree, "test")
+    plan = make_plan(config, 1, on_gpu=False)
+    job = build_job(plan, setup.setup(plan.layout, config.train.seed, 1))
+    folder = Path(config.save.dir) / "iter_0000000"
+    folder.mkdir()
+    dist_checkpointing.save({"model": job.chunks[0].sharded_state_dict()}, str(folder), async_strategy="mcore")
+
+
+def _train_until_the_error(tree: tiny.Tree) -> str:
+    with pytest.raises(UserError) as error:
+        tiny.train_here(tree, 1)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_layers": 2}, "Global shape mismatch"),
+        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which this run's model has not"),
+    ],
+)
+def test_starting_weights_without_a_word(corpora: Path, tmp_path: Path, model: tiny.Tree, words: str) -> None:
+    """There is nothing but the tensors themselves to compare."""
+    weights, run = tmp_path / "weights", tmp_path / "run"
+    run_ranks(_save_weights, 1, tiny.tree(corpora, "x", {"save": {"dir": str(weights)}}))
+    change = {"init": {"checkpoint": str(weights / "iter_0000000")}, "save": {"dir": str(run)}, "model": model}
+    (sentence,) = run_ranks(_train_until_the_error, 1, tiny.tree(corpora, "x", change))
+    assert words in sentence
+    assert "\n" not in sentence
+    assert not run.exists()
 
 
 def test_damaged_tracker(corpora: Path, complaint: Complaint, tmp_path: Path) -> None:
