@@ -132,14 +132,13 @@ def _load_safely(path: Path, offset: int, length: int | None) -> Any:
 
 
 REQUIRED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",),
-    "swiglu": (True,),
+    "squared_relu": (False,),
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
     "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "no_rope_freq": (None,),
-    "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "apply_layernorm_1p": (False,),
@@ -155,7 +154,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "hybrid_layer_pattern": (None,),
     "use_mup": (False,),
 }
-"""Megatron-LM's arguments that make a model other than a Llama, and what they must be where a checkpoint has them."""
+"""Megatron-LM's arguments that make a model which megacpt lacks, and what they must be where a checkpoint has them."""
 SHARED = (
     "num_layers",
     "hidden_size",
@@ -164,6 +163,10 @@ SHARED = (
     "kv_channels",
     "untie_embeddings_and_output_weights",
     "rotary_base",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "rotary_percent",
 )
 """Arguments that are also keys of `model`."""
 
@@ -179,8 +182,13 @@ def check_foreign(foreign: Foreign, architecture: Architecture) -> None:
         if name in args and args[name] not in allowed:
             raise UserError(
                 f"init.checkpoint {foreign.folder}: was trained with {name}={args[name]}, megacpt's model needs "
-                f"{allowed[-1]}; choose a checkpoint of a Llama"
+                f"{allowed[-1]}; choose another checkpoint"
             )
+    if not args.get("swiglu", True) and args.get("bias_gelu_fusion", False):
+        raise UserError(
+            f"init.checkpoint {foreign.folder}: was trained with bias_gelu_fusion=True, whose GELU is approximate, and "
+            "megacpt's is exact; choose another checkpoint"
+        )
     for name, value in _stated(args).items():
         if value != getattr(architecture, name):
             raise UserError(
@@ -204,6 +212,9 @@ def _stated(args: Mapping[str, Any]) -> dict[str, Any]:
             "num_query_groups" if args["group_query_attention"] else "num_attention_heads"
         )
     told = {name: value for name, value in told.items() if value is not None}
+    if args:
+        # Megatron-LM has none.
+        told["use_parallel_residual"] = False
     if "use_rope_scaling" in args:
         told["rope_scaling_factor"] = args.get("rope_scaling_factor", 8.0) if args["use_rope_scaling"] else None
     return told

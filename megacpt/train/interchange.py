@@ -25,7 +25,10 @@ def megatron_state(plan: Plan, iteration: int) -> dict[str, Any]:
 
 
 def megatron_arguments(plan: Plan, iteration: int) -> Namespace:
-    """The run in Megatron-LM's arguments: what its loader compares, and what `--use-checkpoint-args` takes over."""
+    """The run in Megatron-LM's arguments: what its loader compares, and what `--use-checkpoint-args` takes over.
+
+    Megatron-LM has no parallel residual and no argument to say so: it reads such a model's weights as another model's.
+    """
     shape, layout, config = plan.architecture, plan.layout, plan.config
     divisible_by = config.model.make_vocab_size_divisible_by
     return Namespace(
@@ -41,16 +44,17 @@ def megatron_arguments(plan: Plan, iteration: int) -> Namespace:
         position_embedding_type="rope",
         add_position_embedding=True,
         rotary_base=shape.rotary_base,
-        rotary_percent=1.0,
+        rotary_percent=shape.rotary_percent,
         rotary_interleaved=False,
         use_rope_scaling=shape.rope_scaling_factor is not None,
         rope_scaling_factor=shape.rope_scaling_factor or 8.0,
-        normalization="RMSNorm",
+        normalization=shape.normalization,
         layernorm_epsilon=shape.norm_epsilon,
         norm_epsilon=shape.norm_epsilon,
-        swiglu=True,
+        swiglu=shape.swiglu,
         squared_relu=False,
-        add_bias_linear=False,
+        bias_gelu_fusion=False,  # Megatron-LM's fused GELU is the tanh approximation
+        add_bias_linear=shape.add_bias_linear,
         add_qkv_bias=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,

@@ -87,11 +87,13 @@ def test_the_same_model() -> None:
         ({"rotary_base": 500_000}, "its rotary_base is 500000"),
         ({"use_rope_scaling": True}, "its rope_scaling_factor is 8.0, this run's model.rope_scaling_factor is None"),
         ({"layernorm_epsilon": 1e-6}, "its norm_epsilon is 1e-06"),
-        ({"normalization": "LayerNorm"}, "trained with normalization=LayerNorm, megacpt's model needs RMSNorm"),
-        ({"swiglu": False}, "trained with swiglu=False"),
-        ({"add_bias_linear": True}, "trained with add_bias_linear=True"),
+        ({"normalization": "LayerNorm"}, "its normalization is LayerNorm, this run's model.normalization is RMSNorm"),
+        ({"swiglu": False}, "its swiglu is False"),
+        ({"swiglu": False, "bias_gelu_fusion": True}, "bias_gelu_fusion=True, whose GELU is approximate"),
+        ({"swiglu": False, "squared_relu": True}, "trained with squared_relu=True, megacpt's model needs False"),
+        ({"add_bias_linear": True}, "its add_bias_linear is True"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type=learned_absolute"),
-        ({"rotary_percent": 0.25}, "rotary_percent=0.25, megacpt's model needs 1.0"),
+        ({"rotary_percent": 0.25}, "its rotary_percent is 0.25, this run's model.rotary_percent is 1.0"),
         ({"num_experts": 8}, "num_experts=8"),
         ({"shapes": {"embedding.word_embeddings.weight": (384, 48)}}, "384 rows of vocabulary, this run needs 500"),
     ],
@@ -101,6 +103,17 @@ def test_another_model(changes: dict[str, Any], words: str) -> None:
         _check(**changes)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_gate_and_with_biases() -> None:
+    variant = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True, "rotary_percent": 0.5}
+    shape = Architecture(**vars(SHAPE) | variant)
+    stated = Foreign(Path("base"), ROWS, Namespace(**ARGS | variant | {"bias_gelu_fusion": False}))
+    check_foreign(stated, shape)
+    parallel = Architecture(**vars(shape) | {"use_parallel_residual": True})
+    with pytest.raises(UserError, match=r"its use_parallel_residual is False, this run's .* is True"):
+        check_foreign(stated, parallel)
+    check_foreign(Foreign(Path("base"), ROWS, Namespace()), parallel)
 
 
 def test_scaled_rotary_phases_against_none() -> None:
