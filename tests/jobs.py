@@ -32,6 +32,15 @@ SHAPE: Section = {
     "vocab_size": VOCABULARY,
     "init_method_std": 0.1,
 }
+NEOX: Section = {
+    "num_query_groups": 4,
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "rotary_percent": 0.34,
+    "use_parallel_residual": True,
+}
+"""What makes GPT-NeoX of SHAPE; 4 of a head's 12 channels rotate."""
 SEQ_LENGTH = 24
 
 

@@ -1,7 +1,9 @@
 """A model's shape: preset and overrides resolved into numbers, and the parameter counts that follow from them."""
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from megacpt.config.presets import MODEL_PRESETS
@@ -11,7 +13,15 @@ from megacpt.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. Names are Megatron's."""
+    """A decoder with rotary embeddings and grouped-query attention, by default Llama's variant. Names are Megatron's.
+
+    Attributes:
+        normalization: RMSNorm, or LayerNorm, which has a bias.
+        swiglu: the MLP gates with SiLU; else it has no gate, and exact GELU.
+        add_bias_linear: biases on the linear layers of attention and MLP (the output layer never has one).
+        rotary_percent: share of each head's channels that rotates, from the first on.
+        use_parallel_residual: x + attention(norm(x)) + mlp(norm'(x)), where Llama's MLP reads what attention added.
+    """
 
     num_layers: int
     hidden_size: int
@@ -25,6 +35,11 @@ class Architecture:
     untie_embeddings_and_output_weights: bool
     max_position_embeddings: int
     vocab_size: int
+    normalization: str = "RMSNorm"
+    swiglu: bool = True
+    add_bias_linear: bool = False
+    rotary_percent: float = 1.0
+    use_parallel_residual: bool = False
 
     def padded_vocab_size(self, divisible_by: int, tensor_parallel: int) -> int:
         """Rows of the embedding after padding to a multiple of `divisible_by` x TP."""
@@ -37,16 +52,37 @@ class Architecture:
         return self.kv_channels * (self.num_attention_heads + 2 * self.num_query_groups)
 
     @property
+    def fc1_size(self) -> int:
+        """Rows of the MLP's first projection: gate and up, or up alone."""
+        return (2 if self.swiglu else 1) * self.ffn_hidden_size
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rotate."""
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm."""
+        return (2 if self.normalization == "LayerNorm" else 1) * self.hidden_size
+
+    @property
     def layer_matmul_parameters(self) -> int:
         """Parameters of one layer's matrices."""
         attention = self.hidden_size * (self.qkv_size + self.kv_channels * self.num_attention_heads)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+        return attention + self.hidden_size * (self.fc1_size + self.ffn_hidden_size)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer: matrices, their biases, two norms."""
+        biases = self.qkv_size + self.fc1_size + 2 * self.hidden_size if self.add_bias_linear else 0
+        return self.layer_matmul_parameters + biases + 2 * self.norm_parameters
 
     @property
     def parameters(self) -> int:
         """Parameters without vocabulary padding; a tied embedding counts once."""
         embeddings = self.vocab_size * self.hidden_size * (2 if self.untie_embeddings_and_output_weights else 1)
-        return embeddings + self.num_layers * (self.layer_matmul_parameters + 2 * self.hidden_size) + self.hidden_size
+        return embeddings + self.num_layers * self.layer_parameters + self.norm_parameters
 
     def flops_per_token(self, seq_length: int) -> float:
         """Forward and backward model FLOPs per token, causal half: 6 N + 6 L h s.
@@ -66,8 +102,17 @@ WEIGHT_FIELDS = (
     "kv_channels",
     "untie_embeddings_and_output_weights",
     "vocab_size",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "rotary_percent",
+    "use_parallel_residual",
 )
 """What weights fix; the rest of an architecture (rotary base, longest sequence, ...) a new run may change."""
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {f.name: f.default for f in fields(Architecture) if f.default is not MISSING}
+)
+"""Llama's variant: what a configuration or an older checkpoint means that does not say."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +151,7 @@ def resolve_architecture(model: Model, tokenizer_vocab_size: int | None, base: B
     if values.get("kv_channels") is None and {"hidden_size", "num_attention_heads"} <= values.keys():
         values["kv_channels"] = _even_split(values["hidden_size"], values["num_attention_heads"])
     values.setdefault("num_query_groups", values.get("num_attention_heads"))
+    values = {**DEFAULTS, **values}
     missing = [f.name for f in fields(Architecture) if values.get(f.name) is None and f.name != "rope_scaling_factor"]
     if missing:
         raise UserError(
@@ -129,7 +175,7 @@ def check_shape(architecture: Architecture) -> None:
     """Refuse heads that do not divide.
 
     Raises:
-        UserError: query heads are no multiple of groups, or a head has an odd number of channels.
+        UserError: query heads are no multiple of groups, or a head rotates an odd number of channels, or none.
     """
     if architecture.num_attention_heads % architecture.num_query_groups:
         raise UserError(
@@ -138,6 +184,12 @@ def check_shape(architecture: Architecture) -> None:
         )
     if architecture.kv_channels % 2:
         raise UserError(f"model.kv_channels {architecture.kv_channels} is odd; rotary embeddings pair channels")
+    rotated = architecture.rotary_channels
+    if rotated % 2 or not 0 < rotated <= architecture.kv_channels:
+        raise UserError(
+            f"model.rotary_percent {architecture.rotary_percent:g} rotates {rotated} of a head's "
+            f"{architecture.kv_channels} channels; rotary embeddings need an even number, at least two and at most all"
+        )
 
 
 def _even_split(hidden_size: int, heads: int) -> int:

@@ -1,4 +1,4 @@
-"""Published Llama-family shapes under Megatron's field names; any field can be overridden in the config."""
+"""Published shapes of the Llama and GPT-NeoX families under Megatron's field names; a config can override any field."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,7 +14,7 @@ def _llama(
     heads: tuple[int, int],
     vocabulary: int | None,
     positions: int,
-    **rest: float | None,
+    **rest: float | str | None,
 ) -> ModelFields:
     """One shape; `heads` is (query heads, key-value heads), `rest` what differs from Llama 2's defaults."""
     shape: dict[str, Any] = {
@@ -30,8 +30,21 @@ def _llama(
         "untie_embeddings_and_output_weights": True,
         "max_position_embeddings": positions,
         "vocab_size": vocabulary,  # the tokenizer's own size, before padding; null: taken from the datasets
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "rotary_percent": 1.0,
+        "use_parallel_residual": False,
     }
     return MappingProxyType(shape | rest)
+
+
+def _pythia(layers: int, hidden: int, heads: int) -> ModelFields:
+    """One shape of the Pythia suite (Biderman et al. 2023, arXiv 2304.01373, table 1)."""
+    return _llama(
+        layers, hidden, 4 * hidden, (heads, heads), 50_304, 2048,
+        normalization="LayerNorm", swiglu=False, add_bias_linear=True, rotary_percent=0.25, use_parallel_residual=True,
+    )  # fmt: skip
 
 
 # name: layers, hidden size, FFN size, (heads, key-value heads), vocabulary, positions
@@ -56,5 +69,7 @@ MODEL_PRESETS: Mapping[str, ModelFields] = MappingProxyType(
             rotary_base=500_000, rope_scaling_factor=32.0, untie_embeddings_and_output_weights=False,
         ),
         "llama3-70b": _llama(80, 8192, 28_672, (64, 8), 128_256, 8192, rotary_base=500_000),
+        "pythia-410m": _pythia(24, 1024, 16),
+        "pythia-1b": _pythia(16, 2048, 8),
     }
 )  # fmt: skip

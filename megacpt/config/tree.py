@@ -34,7 +34,7 @@ class Model(Section):
     preset: str | None = Field(None, description="a name from megacpt/config/presets.py")
     num_layers: PositiveInt | None = Field(None, description="transformer layers")
     hidden_size: PositiveInt | None = Field(None, description="width of the residual stream")
-    ffn_hidden_size: PositiveInt | None = Field(None, description="width of the SwiGLU hidden layer")
+    ffn_hidden_size: PositiveInt | None = Field(None, description="width of the MLP's hidden layer")
     num_attention_heads: PositiveInt | None = Field(None, description="query heads")
     num_query_groups: PositiveInt | None = Field(None, description="key/value heads (GQA)")
     kv_channels: PositiveInt | None = Field(None, description="channels per head")
@@ -42,7 +42,18 @@ class Model(Section):
     rope_scaling_factor: PositiveFloat | None = Field(
         None, description="Llama-3 RoPE scaling factor; null in preset and here: no scaling"
     )
-    norm_epsilon: PositiveFloat | None = Field(None, description="epsilon inside RMSNorm's square root")
+    norm_epsilon: PositiveFloat | None = Field(None, description="epsilon inside the norm's square root")
+    normalization: Literal["RMSNorm", "LayerNorm"] | None = Field(None, description="class of norm; null: RMSNorm")
+    swiglu: bool | None = Field(None, description="SiLU-gated MLP (null); false: no gate, exact GELU")
+    add_bias_linear: bool | None = Field(
+        None, description="biases on attention's and the MLP's linear layers; null: none"
+    )
+    rotary_percent: PositiveFloat | None = Field(
+        None, description="share of a head's channels that rotates; null: 1, all of them"
+    )
+    use_parallel_residual: bool | None = Field(
+        None, description="attention and MLP read the same input, as in GPT-NeoX; null: one after the other"
+    )
     untie_embeddings_and_output_weights: bool | None = Field(
         None, description="separate input embedding and output layer"
     )

@@ -34,11 +34,12 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
-        normalization="RMSNorm",
+        normalization=architecture.normalization,
         layernorm_epsilon=architecture.norm_epsilon,
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        # F.gelu is exact; megatron-core's fused bias and GELU (off below) would be the tanh approximation.
+        activation_func=F.silu if architecture.swiglu else F.gelu,
+        gated_linear_unit=architecture.swiglu,
+        add_bias_linear=architecture.add_bias_linear,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=options.dtype,
@@ -80,7 +81,7 @@ def build_chunks(
             architecture,
             config,
             options.restart_positions,
-            transformer_layer_spec=block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
+            transformer_layer_spec=block_spec(architecture, get_num_layers_to_build(config, vp_stage=vp_stage)),
             vocab_size=padded,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -107,6 +108,7 @@ def slot_classes(chunk: LlamaModel) -> dict[str, str]:
     """The class in every slot of the layer spec, for the start-up report and tests."""
     layer = chunk.decoder.layers[0]
     slots = {
+        "layer": layer,
         "input_layernorm": layer.input_layernorm,
         "linear_qkv": layer.self_attention.linear_qkv,
         "core_attention": layer.self_attention.core_attention,

@@ -27,6 +27,7 @@ class LlamaModel(GPTModel):
             max_sequence_length=architecture.max_position_embeddings,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
+            rotary_percent=architecture.rotary_percent,
             rope_scaling=scaling is not None,
             rope_scaling_factor=scaling or 1.0,
             share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,

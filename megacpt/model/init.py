@@ -19,7 +19,9 @@ RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"
 
 
 def draw_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, seed: int, std: float) -> None:
-    """Fill every parameter in place: normal(0, std), residual outputs normal(0, std / sqrt(2 L)), norms 1, padding 0.
+    """Fill every parameter in place: normal(0, std), residual outputs normal(0, std / sqrt(2 L)), norms 1, biases 0.
+
+    Rows of vocabulary padding are 0 as well.
 
     The scaling by depth is GPT-2's, as in Megatron.
     """
@@ -33,6 +35,9 @@ def draw_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, 
 
 @torch.no_grad()
 def _draw_shard(shard: ShardedTensor, architecture: Architecture, seed: int, std: float) -> None:
+    if shard.key.endswith("bias"):
+        shard.data.zero_()
+        return
     if "norm" in shard.key:
         shard.data.fill_(1.0)
         return

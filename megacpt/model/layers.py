@@ -1,6 +1,7 @@
-"""Our modules in megatron-core's slots on the local spec: RMSNorm and scaled-dot-product attention."""
+"""Our modules in megatron-core's slots on the local spec: norms, attention, and the layer with a parallel residual."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpt_kernels.rmsnorm import rms_norm
 
@@ -31,6 +33,39 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [s, b, h] over h; fp32 inside, the input's dtype outside."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm for the norm slots, with what sequence parallelism needs on weight and bias (see RMSNorm)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        where = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, **where))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, **where))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise [s, b, h] over h; torch's kernel is fp32 inside, the input's dtype outside."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + attention(norm(x)) + mlp(norm'(x)), after GPT-J and GPT-NeoX (Black et al. 2022, arXiv 2204.06745, 2.1).
+
+    megatron-core's two halves each add to the residual that they read. Here the second half reads the layer's input and
+    adds to what attention left. Biases, dropout, recomputation of norms and sequence parallelism stay in those halves.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, h] (s over TP under sequence parallelism) to the same; the second value, a context, is None."""
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        normalised = self._forward_pre_mlp_layernorm(hidden_states)
+        return self._forward_post_mlp(self.mlp(normalised), attended), context
 
 
 class SDPAttention(MegatronModule):

@@ -10,8 +10,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megacpt.model.layers import RMSNorm, SDPAttention
+from megacpt.config.architecture import Architecture
+from megacpt.model.layers import LayerNorm, ParallelResidualLayer, RMSNorm, SDPAttention
 
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 # With Transformer Engine the two norms live inside the linear layers that follow them. Checkpoints use those names, so
 # that one written here loads there and the other way round.
 CHECKPOINT_NAMES = {
@@ -20,8 +22,9 @@ CHECKPOINT_NAMES = {
 }
 
 
-def local_layer_spec() -> ModuleSpec:
-    """A Llama layer of megatron-core's parallel linears with our norm and attention; needs only torch."""
+def local_layer_spec(architecture: Architecture) -> ModuleSpec:
+    """A layer of megatron-core's parallel linears with our norms and attention; needs only torch."""
+    norm = NORMS[architecture.normalization]
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=SDPAttention,
@@ -30,14 +33,14 @@ def local_layer_spec() -> ModuleSpec:
         k_layernorm=IdentityOp,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ParallelResidualLayer if architecture.use_parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
@@ -47,6 +50,7 @@ def local_layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(layers_on_this_stage: int) -> TransformerBlockSubmodules:
+def block_spec(architecture: Architecture, layers_on_this_stage: int) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or chunk of one) and the final norm, which the last stage builds."""
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec()] * layers_on_this_stage, layer_norm=RMSNorm)
+    layers = [local_layer_spec(architecture)] * layers_on_this_stage
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=NORMS[architecture.normalization])

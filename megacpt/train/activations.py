@@ -5,7 +5,7 @@ the formulas against it. Bytes per token of a micro-batch on one rank, in the ma
 2205.05198, 4.1), with d bytes an element, h hidden, f FFN, H heads and G query groups of D channels, t = TP, and
 u = t with sequence parallelism, else 1:
 
-    2 norms               2 (d h + 4) / u          input and fp32 inverse root mean square
+    2 norms               2 (d h + 4) / u          input and fp32 inverse root mean square; LayerNorm: the mean too
     inputs of qkv, fc1    2 d h / u                (not where frozen: needed for weight gradients only)
     fused qkv             d D (H + 2 G) / t        held whole by its view, the values; with t > G of all ranks
     query, key            d D (H + max(G, t)) / t  after RoPE
@@ -13,8 +13,9 @@ u = t with sequence parallelism, else 1:
     SwiGLU                4 d f / t                gate and up, silu(gate), up + glu_linear_offset
     input of fc2          d f / t                  (not where frozen)
 
-and for RoPE 4 s d D a layer (cosines and sines of query and key). Temporary buffers, the allocator's and the
-communication library's are not counted.
+and for RoPE 4 s d D a layer (cosines and sines of query and key; D counts the channels that rotate). An MLP without a
+gate saves GELU's input, d f / t, in place of SwiGLU's 4 d f / t. Under a parallel residual the norms share their input.
+Temporary buffers, the allocator's and the communication library's are not counted.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def stage_activations(setting: Setting, stage: int, *, fused_norm: bool = True) 
 
     Args:
         fused_norm: RMSNorm in one kernel, as on a GPU. On a CPU it is composed and keeps more: the input in fp32 and,
-            for the weight's gradient, the normalised input.
+            for the weight's gradient, the normalised input. LayerNorm is fused everywhere.
     """
     costs = [_chunk(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks)]
     again = max(_recomputed(setting, stage, chunk, fused_norm) for chunk in range(setting.chunks))
@@ -111,11 +112,14 @@ def layer_bytes(setting: Setting, *, trains: bool, fused_norm: bool) -> int:
     gathered = tp > shape.num_query_groups
     mixed = shape.qkv_size * item // (1 if gathered else tp)
     log_sum_exp = 0 if selective else FP32 * shape.num_attention_heads // tp
-    per_token = 2 * _norm(setting, trains, fused_norm) + mixed + query + key + query + log_sum_exp + 4 * ffn
+    own = 2 * _norm(setting, trains, fused_norm)
+    inputs = (1 if shape.use_parallel_residual else 2) * _norm_input(setting, fused_norm)
+    activation = (4 if shape.swiglu else 1) * ffn
+    per_token = inputs + own + mixed + query + key + query + log_sum_exp + activation
     if trains:
         per_token += 2 * hidden + ffn
     batch = setting.config.train.micro_batch_size
-    phases = 4 * data.seq_length * channels * (batch if data.reset_position_ids else 1)
+    phases = 4 * data.seq_length * shape.rotary_channels * item * (batch if data.reset_position_ids else 1)
     mask = batch * data.seq_length**2 * item if data.reset_attention_mask and not selective else 0
     return _tokens(setting) * per_token + phases + mask
 
@@ -162,7 +166,8 @@ def _recomputed(setting: Setting, stage: int, chunk: int, fused_norm: bool) -> i
 
 def _head(setting: Setting, fused_norm: bool) -> int:
     """The final norm and the input of the output layer."""
-    return _stream(setting) + _tokens(setting) * _norm(setting, True, fused_norm)
+    norm = _norm_input(setting, fused_norm) + _norm(setting, True, fused_norm)
+    return _stream(setting) + _tokens(setting) * norm
 
 
 def _stream(setting: Setting) -> int:
@@ -170,11 +175,19 @@ def _stream(setting: Setting) -> int:
     return _tokens(setting) * setting.architecture.hidden_size * setting.dtype.itemsize // _sequence_shards(setting)
 
 
+def _norm_input(setting: Setting, fused: bool) -> int:
+    """Bytes per token of a norm's input; a composed RMSNorm saves it in fp32."""
+    item = setting.dtype.itemsize if fused or setting.architecture.normalization == "LayerNorm" else FP32
+    return setting.architecture.hidden_size * item // _sequence_shards(setting)
+
+
 def _norm(setting: Setting, trains: bool, fused: bool) -> int:
-    """Bytes per token that one RMSNorm saves."""
-    hidden, item = setting.architecture.hidden_size, setting.dtype.itemsize
-    composed = hidden * (FP32 + item if trains else FP32)
-    return ((item * hidden if fused else composed) + FP32) // _sequence_shards(setting)
+    """Bytes per token that a norm saves beside its input."""
+    shape = setting.architecture
+    if shape.normalization == "LayerNorm":
+        return 2 * FP32 // _sequence_shards(setting)
+    normalised = 0 if fused or not trains else shape.hidden_size * setting.dtype.itemsize
+    return (normalised + FP32) // _sequence_shards(setting)
 
 
 def _tokens(setting: Setting) -> int:

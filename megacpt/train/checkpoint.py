@@ -12,7 +12,7 @@ import queue
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megacpt.config.architecture import DEFAULTS
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.gpt import LlamaModel
@@ -128,7 +129,8 @@ def read_state(folder: Path) -> TrainState | None:
         state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
         if not (state.mixture["start"] and state.mixture["sources"] and state.layout["threads"]):
             raise ValueError("an empty field")
-        return state
+        unsaid = {f"model.{name}": value for name, value in DEFAULTS.items()}
+        return replace(state, identity=unsaid | state.identity)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path}: damaged ({error!r}); resume from an earlier checkpoint by editing {TRACKER}"

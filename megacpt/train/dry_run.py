@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megacpt.config.architecture import DEFAULTS
 from megacpt.data.table import aligned
 from megacpt.train.activations import stage_activations
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
@@ -78,12 +79,14 @@ def _model(setting: Setting) -> list[str]:
         f"{shape.num_query_groups} query groups of {shape.kv_channels} channels, FFN {shape.ffn_hidden_size:,}",
         f"vocabulary {shape.vocab_size:,}, padded to {padded:,}; {tables}",
     ]
+    variant = {name: value for name in DEFAULTS if (value := getattr(shape, name)) != DEFAULTS[name]}
+    if variant:
+        lines.append("where Llama differs: " + ", ".join(f"{name} {value}" for name, value in variant.items()))
     frozen = freeze.top + freeze.bottom
     if frozen:
-        layer = shape.layer_matmul_parameters + 2 * shape.hidden_size
         lines.append(
             f"frozen: the lowest {freeze.bottom} and the highest {freeze.top} layers; "
-            f"{shape.parameters - frozen * layer:,} parameters are trained"
+            f"{shape.parameters - frozen * shape.layer_parameters:,} parameters are trained"
         )
     return _line("model", *lines)
 
@@ -234,10 +237,8 @@ def _memory(setting: Setting) -> Iterator[str]:
     unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
     yield f"optimizer: {held_by_optimizer}; in flight: {unit} that wait for their backward"
     largest = max(totals)
-    yield (
-        f"largest: stage {totals.index(largest)} with {size(largest)} a rank; on a CPU, unfused RMSNorm keeps up to "
-        f"{size(composed)} more"
-    )
+    unfused = f"; on a CPU, unfused RMSNorm keeps up to {size(composed)} more" if composed else ""
+    yield f"largest: stage {totals.index(largest)} with {size(largest)} a rank{unfused}"
 
 
 def _span(stages: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
 from megacpt.model.hf.export import SHARD_BYTES, Export, Ranks, check_output, export_model, model_card
-from megacpt.model.hf.families import LLAMA, family_of
+from megacpt.model.hf.families import family_for, family_of
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import Verdict, check_import
 from megacpt.model.hf.source import read_config
@@ -117,7 +117,7 @@ def export_checkpoint(checkpoint: Path, output: HFOutput, report: Report) -> Non
     job = Export(
         checkpoint=checkpoint,
         output=output.folder,
-        family=LLAMA if config is None else family_of(config, str(checkpoint)),
+        family=family_for(architecture) if config is None else family_of(config, str(checkpoint)),
         architecture=architecture,
         base=config,
         companions=companions,

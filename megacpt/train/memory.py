@@ -102,30 +102,38 @@ class State:
 def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter]:
     """The tensors of one chunk on one tensor-parallel rank, in the order of `named_parameters()`.
 
-    Column-parallel matrices (qkv, fc1) are cut by rows, row-parallel ones (proj, fc2) by columns, norms are whole on
-    every rank. Rows of the fused qkv are divided evenly even where TP exceeds the query groups: megatron-core then
-    gathers activations, not weights (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and
-    the last stage (`LanguageModule.setup_embeddings_and_output_layer`).
+    Column-parallel matrices (qkv, fc1) and their biases are cut by rows, row-parallel matrices (proj, fc2) by columns;
+    the biases of the latter and norms are whole on every rank. Rows of the fused qkv are divided evenly even where TP
+    exceeds the query groups: megatron-core then gathers activations, not weights
+    (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and the last stage
+    (`LanguageModule.setup_embeddings_and_output_layer`).
     """
     shape, tp = setting.architecture, setting.layout.tensor
     hidden = shape.hidden_size
     tied = not shape.untie_embeddings_and_output_weights
     first, last = setting.is_first(stage, chunk), setting.is_last(stage, chunk)
     table = Parameter(setting.vocabulary_rows * hidden, shared=tied and setting.layout.pipeline > 1)
-    matrices = {
-        "proj": shape.kv_channels * shape.num_attention_heads // tp * hidden,
-        "qkv": shape.qkv_size // tp * hidden,
-        "fc1": 2 * shape.ffn_hidden_size // tp * hidden,
-        "fc2": shape.ffn_hidden_size // tp * hidden,
-    }
-    layer = [hidden, matrices["proj"], matrices["qkv"], hidden, matrices["fc1"], matrices["fc2"]]
+    qkv, fc1 = shape.qkv_size // tp, shape.fc1_size // tp
+    norm = [hidden] * (shape.norm_parameters // hidden)
+    layer = [
+        *norm,
+        *_linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape),
+        *_linear(qkv * hidden, qkv, shape),
+        *norm,
+        *_linear(fc1 * hidden, fc1, shape),
+        *_linear(shape.ffn_hidden_size // tp * hidden, hidden, shape),
+    ]
     found = [table] if first else []
     found += [Parameter(n, setting.trains(number)) for number in setting.layers(stage, chunk) for n in layer]
     if last:
-        found.append(Parameter(hidden))
+        found += [Parameter(n) for n in norm]
     if last and not (first and tied):
         found.append(table)
     return found
+
+
+def _linear(matrix: int, bias: int, shape: Architecture) -> list[int]:
+    return [matrix, bias] if shape.add_bias_linear else [matrix]
 
 
 def stage_state(setting: Setting, stage: int) -> State:
@@ -195,9 +203,8 @@ def checkpoint_bytes(setting: Setting) -> int:
     """
     shape, tp = setting.architecture, setting.layout.tensor
     frozen = setting.config.train.freeze.top + setting.config.train.freeze.bottom
-    layer = shape.layer_matmul_parameters + 2 * shape.hidden_size
     tables = 2 if shape.untie_embeddings_and_output_weights else 1
     table = setting.vocabulary_rows * tp * shape.hidden_size
-    weights = tables * table + shape.num_layers * layer + shape.hidden_size
+    weights = tables * table + shape.num_layers * shape.layer_parameters + shape.norm_parameters
     state_item = FP32 * (MOMENTS + (setting.dtype is torch.bfloat16))
-    return weights * setting.dtype.itemsize + (weights - frozen * layer) * state_item
+    return weights * setting.dtype.itemsize + (weights - frozen * shape.layer_parameters) * state_item

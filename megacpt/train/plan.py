@@ -21,6 +21,7 @@ from megacpt.data.mixture import Budget, Mixture, Start
 from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
+from megacpt.model.hf.families import family_for
 from megacpt.model.hf.reference import require_transformers
 from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
@@ -142,6 +143,8 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     origin = _origin(config, resume)
     architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
     check_config(config, architecture)
+    if config.save.hf_every is not None and origin is None:
+        family_for(architecture)
     _check_tokenizer(config, origin, vocabulary)
     if config.logging.wandb_project is not None and version_of("wandb") == "absent":
         raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key")

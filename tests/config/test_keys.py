@@ -22,6 +22,11 @@ model.kv_channels
 model.rotary_base
 model.rope_scaling_factor
 model.norm_epsilon
+model.normalization
+model.swiglu
+model.add_bias_linear
+model.rotary_percent
+model.use_parallel_residual
 model.untie_embeddings_and_output_weights
 model.max_position_embeddings
 model.vocab_size

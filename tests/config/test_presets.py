@@ -2,7 +2,10 @@
 
 import pytest
 
+from megacpt.config.architecture import DEFAULTS, resolve_architecture
 from megacpt.config.presets import MODEL_PRESETS, ModelFields
+from megacpt.config.tree import Model
+from megacpt.errors import UserError
 
 PUBLISHED = {
     "smollm2-135m": 134_515_008,
@@ -13,6 +16,8 @@ PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "llama3-70b": 70_553_706_496,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
 }
 
 
@@ -20,14 +25,18 @@ def parameters(preset: ModelFields, vocabulary: int) -> int:
     hidden, ffn = preset["hidden_size"], preset["ffn_hidden_size"]
     queries = preset["num_attention_heads"] * preset["kv_channels"]
     keys = preset["num_query_groups"] * preset["kv_channels"]
-    layer = hidden * (2 * queries + 2 * keys) + 3 * hidden * ffn + 2 * hidden
+    layer = hidden * (2 * queries + 2 * keys) + (3 if preset["swiglu"] else 2) * hidden * ffn
+    if preset["add_bias_linear"]:
+        layer += queries + 2 * keys + hidden + ffn + hidden
+    norm = {"RMSNorm": hidden, "LayerNorm": 2 * hidden}[preset["normalization"]]
     tables = 2 if preset["untie_embeddings_and_output_weights"] else 1
-    return preset["num_layers"] * layer + hidden + tables * vocabulary * hidden
+    return preset["num_layers"] * (layer + 2 * norm) + norm + tables * vocabulary * hidden
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count_is_the_published_one(name: str) -> None:
     assert parameters(MODEL_PRESETS[name], MODEL_PRESETS[name]["vocab_size"]) == PUBLISHED[name]
+    assert resolve_architecture(Model(preset=name), None).parameters == PUBLISHED[name]
 
 
 def test_tiny_has_three_million_parameters_and_splits_in_two() -> None:
@@ -56,6 +65,8 @@ def test_presets_agree_on_their_fields_and_cannot_be_changed() -> None:
         ("llama3.2-1b", 500_000, 32.0, 1e-5, 131_072),
         ("llama3.2-3b", 500_000, 32.0, 1e-5, 131_072),
         ("llama3-70b", 500_000, None, 1e-5, 8192),
+        ("pythia-410m", 10_000, None, 1e-5, 2048),
+        ("pythia-1b", 10_000, None, 1e-5, 2048),
     ],
 )
 def test_what_the_parameter_count_does_not_show(
@@ -66,3 +77,27 @@ def test_what_the_parameter_count_does_not_show(
         preset[key] for key in ("rotary_base", "rope_scaling_factor", "norm_epsilon", "max_position_embeddings")
     )
     assert found == (base, factor, epsilon, positions)
+
+
+def test_a_preset_is_llama_or_neox() -> None:
+    for name, preset in MODEL_PRESETS.items():
+        variant = {field: preset[field] for field in DEFAULTS}
+        neox = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True, "use_parallel_residual": True}
+        assert variant == ({**neox, "rotary_percent": 0.25} if name.startswith("pythia") else DEFAULTS)
+
+
+def test_keys_change_the_variant_and_the_counts_with_it() -> None:
+    plain = resolve_architecture(Model(preset="tiny"), 4096)
+    biased = resolve_architecture(Model(preset="tiny", add_bias_linear=True, normalization="LayerNorm"), 4096)
+    ungated = resolve_architecture(Model(preset="tiny", swiglu=False), 4096)
+    rows = plain.qkv_size + 2 * 512 + 2 * 192
+    assert biased.parameters - plain.parameters == 4 * rows + 9 * 192
+    assert biased.flops_per_token(64) == plain.flops_per_token(64)
+    assert plain.parameters - ungated.parameters == 4 * 192 * 512
+    assert plain.flops_per_token(64) - ungated.flops_per_token(64) == 6 * 4 * 192 * 512
+
+
+@pytest.mark.parametrize("percent", [0.01, 0.1, 1.5])
+def test_a_head_has_to_rotate_an_even_number_of_its_channels(percent: float) -> None:
+    with pytest.raises(UserError, match=r"model\.rotary_percent .* channels; rotary embeddings need an even number"):
+        resolve_architecture(Model(preset="tiny", rotary_percent=percent), 4096)

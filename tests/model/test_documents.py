@@ -10,7 +10,7 @@ from megacpt.config.tree import Config
 from megacpt.data.batches import collate
 from megacpt.data.blended import Sample
 from megacpt.model.forward import run_batches, stage_reads_batches
-from tests.jobs import SEQ_LENGTH, VOCABULARY, Section, relative_difference, small_config, start, train_steps
+from tests.jobs import NEOX, SEQ_LENGTH, VOCABULARY, Section, relative_difference, small_config, start, train_steps
 from tests.ranks import run_ranks
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -86,6 +86,13 @@ def alone(folder: Path) -> torch.Tensor:
 def test_packed_equals_alone(folder: Path, alone: torch.Tensor, world: int, layout: Section):
     assert alone[1].tolist() == [length - 1 for length in LENGTHS]
     for packed in run_ranks(losses_of, world, config_of(folder, layout, True), packed_samples()):
+        torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)
+
+
+def test_packed_equals_alone_where_part_of_a_head_rotates(folder: Path):
+    [alone] = run_ranks(losses_of, 1, config_of(folder, NEOX, False), lone_samples())
+    layout = {**NEOX, TP: 2, "sequence_parallel": True}
+    for packed in run_ranks(losses_of, 2, config_of(folder, layout, True), packed_samples()):
         torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)
 
 

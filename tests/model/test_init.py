@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megacpt.config.tree import Config
-from tests.jobs import NOTHING, SHAPE, VOCABULARY, Section, small_config, start
+from tests.jobs import NEOX, NOTHING, SHAPE, VOCABULARY, Section, small_config, start
 from tests.ranks import run_ranks
 
 TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -62,6 +62,7 @@ def of_one_rank(folder: Path, *model: tuple[str, object]) -> dict[str, torch.Ten
         pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, NOTHING, id="tp2-pp2-sp"),
         pytest.param(4, {TP: 2, PP: 2}, {"untie_embeddings_and_output_weights": False}, id="tied-tp2-pp2"),
         pytest.param(2, {}, NOTHING, id="dp2"),
+        pytest.param(4, {TP: 2, PP: 2, "sequence_parallel": True}, NEOX, id="neox-tp2-pp2-sp"),
     ],
 )
 def test_layouts_draw_the_same_bits(folder: Path, world: int, layout: Section, model: Section):
@@ -74,8 +75,14 @@ def test_layouts_draw_the_same_bits(folder: Path, world: int, layout: Section, m
         assert not found[key][rows:].any(), key
 
 
-def test_statistics(folder: Path):
-    for key, weight in of_one_rank(folder).items():
+@pytest.mark.parametrize("model", [pytest.param(NOTHING, id="llama"), pytest.param(NEOX, id="neox")])
+def test_statistics(folder: Path, model: Section):
+    weights = of_one_rank(folder, *model.items())
+    assert sum(key.endswith("bias") for key in weights) == (7 if model else 0)
+    for key, weight in weights.items():
+        if key.endswith("bias"):
+            assert not weight.any(), key
+            continue
         if "norm" in key:
             assert torch.equal(weight, torch.ones_like(weight)), key
             continue

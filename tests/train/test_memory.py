@@ -153,6 +153,14 @@ VP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 TIED = {"untie_embeddings_and_output_weights": False}
 FROZEN = {"freeze": {"bottom": 1, "top": 2}}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
+NEOX_SEQUENTIAL = {
+    "num_query_groups": 12,
+    "normalization": "LayerNorm",
+    "swiglu": False,
+    "add_bias_linear": True,
+    "rotary_percent": 0.5,
+}
+NEOX = NEOX_SEQUENTIAL | {"use_parallel_residual": True}
 RUNS = {
     "one rank": (1, "fp32", {}),
     "one rank, bf16, tied": (1, "bf16", {"model": TIED}),
@@ -182,6 +190,18 @@ RUNS = {
     "DP2, distributed": (2, "fp32", {"optimizer": DISTRIBUTED}),
     "DP2, distributed, bf16, frozen": (2, "bf16", {"optimizer": DISTRIBUTED, "train": FROZEN}),
     "DP2 x PP2, distributed, tied": (4, "bf16", {"optimizer": OVERLAP, "model": PP2 | TIED}),
+    "neox": (1, "fp32", {"model": NEOX}),
+    "neox, frozen, documents": (1, "fp32", {"model": NEOX, "train": FROZEN, "data": DOCUMENTS}),
+    "neox, sequential, uniform": (
+        1,
+        "fp32",
+        {
+            "model": NEOX_SEQUENTIAL
+            | {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+        },
+    ),
+    "neox, TP2 x PP2, SP, bf16": (4, "bf16", {"model": NEOX | SP2 | PP2}),
+    "neox, DP2, distributed": (2, "bf16", {"optimizer": DISTRIBUTED, "model": NEOX}),
 }
 
 
@@ -244,12 +264,15 @@ def test_ranks_together_hold_the_model(data: st.DataObject) -> None:
         "virtual_pipeline_model_parallel_size": vp,
         "untie_embeddings_and_output_weights": untied,
         "vocab_size": data.draw(st.integers(10, 3000)),
+        **data.draw(st.sampled_from([{}, NEOX, {"add_bias_linear": True}, {"normalization": "LayerNorm"}])),
     }
     where = setting(tp * pp, data.draw(st.sampled_from(["fp32", "bf16"])), model=model)
     shape = where.architecture
     chunks = [chunk_parameters(where, s, c) for s in range(pp) for c in range(where.chunks)]
     held = tp * sum(p.numel for chunk in chunks for p in chunk)
-    whole_on_each_rank = (tp - 1) * (2 * shape.num_layers + 1) * shape.hidden_size
+    vectors = (2 * shape.num_layers + 1) * shape.norm_parameters
+    vectors += 2 * shape.num_layers * shape.hidden_size if shape.add_bias_linear else 0
+    whole_on_each_rank = (tp - 1) * vectors
     table = where.vocabulary_rows * tp * shape.hidden_size
     padding = table - shape.vocab_size * shape.hidden_size
     second_copy = table if pp > 1 and not untied else 0

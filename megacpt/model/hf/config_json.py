@@ -6,7 +6,8 @@ from typing import Any
 
 from megacpt.config.architecture import Architecture, check_shape
 from megacpt.errors import UserError
-from megacpt.model.hf.families import Family, family_of
+from megacpt.model.hf.families import family_of
+from megacpt.model.hf.table import Family
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core fixes of Llama-3 RoPE scaling; only the factor is free there."""
@@ -20,9 +21,9 @@ def architecture_from(config: Mapping[str, Any], where: str) -> Architecture:
     """
     family = family_of(config, where)
     _refuse_features(family, config, where)
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = dict(family.constants)
     for field in family.fields:
-        value = config.get(field.theirs)
+        value = None if field.theirs is None else config.get(field.theirs)
         if value is None:
             if field.derive is None:
                 raise UserError(f"{where}: field {field.theirs} is missing; restore the model's own config.json")
@@ -32,7 +33,9 @@ def architecture_from(config: Mapping[str, Any], where: str) -> Architecture:
             expected = "true or false" if field.kind is bool else "a positive number"
             raise UserError(f"{where}: field {field.theirs} is {value!r}, expected {expected}; correct the file")
         known[field.ours] = not value if field.negated else value
-    known["rotary_base"], known["rope_scaling_factor"] = _rotary(config, where)
+    known["rotary_base"], known["rope_scaling_factor"] = _rotary(family, config, where)
+    if family.rotary.percent is not None:
+        known["rotary_percent"] = _rotary_percent(family, config, where)
     architecture = Architecture(**known)
     try:
         check_shape(architecture)
@@ -67,10 +70,10 @@ def _refuse_features(family: Family, config: Mapping[str, Any], where: str) -> N
         )
 
 
-def _rotary(config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
-    """Base and Llama-3 scaling factor, from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
+def _rotary(family: Family, config: Mapping[str, Any], where: str) -> tuple[float, float | None]:
+    """Base and Llama-3 scaling factor, from rope_parameters (transformers 5) or the family's and rope_scaling (4)."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    base = float(given.get("rope_theta") or config.get(family.rotary.base) or 10_000.0)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return base, None
@@ -85,6 +88,14 @@ def _rotary(config: Mapping[str, Any], where: str) -> tuple[float, float | None]
     if not isinstance(given.get("factor"), int | float):
         raise UserError(f"{where}: RoPE scaling of type 'llama3' lacks its factor; restore the model's own config.json")
     return base, float(given["factor"])
+
+
+def _rotary_percent(family: Family, config: Mapping[str, Any], where: str) -> float:
+    name, default = family.rotary.percent or "", family.rotary.absent_percent
+    found = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get(name, default))
+    if not _fits(found, float) or found > 1:
+        raise UserError(f"{where}: field {name} is {found!r}, expected a number above 0, at most 1; correct the file")
+    return float(found)
 
 
 def changes_between(old: Architecture, new: Architecture) -> list[str]:
@@ -102,13 +113,15 @@ def config_for(architecture: Architecture, base: Mapping[str, Any] | None, famil
         config = dict(base)
         changed = changes_between(architecture_from(base, "config.json"), architecture)
     for field in family.fields:
-        if field.ours in changed:
+        if field.theirs is not None and field.ours in changed:
             value = getattr(architecture, field.ours)
             config[field.theirs] = not value if field.negated else value
     if "rotary_base" in changed or "rope_scaling_factor" in changed:
         config.pop("rope_parameters", None)
         factor = architecture.rope_scaling_factor
-        config["rope_theta"] = architecture.rotary_base
+        config[family.rotary.base] = architecture.rotary_base
+        if family.rotary.percent is not None:
+            config[family.rotary.percent] = architecture.rotary_percent
         config["rope_scaling"] = factor and {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}
     if "sliding_window" in family.absent and base is None:
         config["sliding_window"] = None

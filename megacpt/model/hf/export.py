@@ -17,10 +17,10 @@ from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.hf.config_json import config_for
-from megacpt.model.hf.families import Family, Home
 from megacpt.model.hf.rows import places
 from megacpt.model.hf.source import COMPANIONS
 from megacpt.model.hf.stored import StoredTensors
+from megacpt.model.hf.table import Family, Home
 
 SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -1,129 +1,15 @@
 """What differs between model families, as tables: configuration fields and tensors. Import, export and gate read them.
 
-A new family is a new table here. A fused Megatron tensor lists its Hugging Face parts and how their rows are laid out;
-the shape of a part is written in named sizes (`sizes`). Megatron's names are those of checkpoints (megacpt.model.spec).
+A new family is a new table here, in the terms of `megacpt.model.hf.table`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from megacpt.config.architecture import Architecture
+from megacpt.config.architecture import DEFAULTS, Architecture
 from megacpt.errors import UserError
-from megacpt.model.hf.rows import Layout, grouped, stacked
-from megacpt.model.spec import CHECKPOINT_NAMES
-
-
-@dataclass(frozen=True)
-class Part:
-    """A Hugging Face tensor: its name, with {layer} where layers have their own, and its shape in named sizes."""
-
-    name: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A Megatron tensor and the Hugging Face parts that its rows are made of; `needs_untied`: absent where tied."""
-
-    key: str
-    parts: tuple[Part, ...]
-    rows: Literal["stacked", "grouped"] = "stacked"
-    needs_untied: bool = False
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether every layer has one; Megatron's tensor then begins with an axis of layers."""
-        return "{layer}" in self.parts[0].name
-
-    def layout(self, architecture: Architecture) -> Layout:
-        """Rows of the fused tensor as spans of the parts."""
-        counts = [shape_of(part, architecture)[0] for part in self.parts]
-        return grouped(counts, architecture.num_query_groups) if self.rows == "grouped" else stacked(counts)
-
-
-class Home(NamedTuple):
-    """Where a Hugging Face tensor lives: part number `part` of a weight, in a layer if layers have their own."""
-
-    weight: Weight
-    part: int
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Field:
-    """An Architecture field under its Hugging Face name; `derive` gives an absent one from the fields above it."""
-
-    ours: str
-    theirs: str
-    kind: type
-    derive: Callable[[Mapping[str, Any]], Any] | None = None
-    negated: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face architecture.
-
-    Attributes:
-        architecture: as config.json's `architectures` says it.
-        absent: what transformers takes where config.json is silent on a field that matters here.
-        fixed: fields that megacpt's model has no choice in, with the values that mean the same as having none.
-        ignored: endings of tensor names that hold nothing a model learns.
-    """
-
-    architecture: str
-    model_type: str
-    fields: tuple[Field, ...]
-    weights: tuple[Weight, ...]
-    absent: Mapping[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]]
-    ignored: tuple[str, ...] = ()
-    decoder: str = "model.layers"
-
-    def weights_of(self, architecture: Architecture) -> list[Weight]:
-        """The weights that a model of this shape has."""
-        untied = architecture.untie_embeddings_and_output_weights
-        return [weight for weight in self.weights if untied or not weight.needs_untied]
-
-    def tensors(self, architecture: Architecture) -> dict[str, Home]:
-        """Every Hugging Face tensor of a model of this shape, by name, in the order of the table and of the layers."""
-        found: dict[str, Home] = {}
-        for in_layer, weights in groupby(self.weights_of(architecture), lambda weight: weight.in_layer):
-            group = list(weights)
-            for layer in range(architecture.num_layers) if in_layer else [None]:
-                for weight in group:
-                    for number, part in enumerate(weight.parts):
-                        home = Home(weight, number, layer, shape_of(part, architecture))
-                        found[part.name.format(layer=layer)] = home
-        return found
-
-
-def checkpoint_key(key: str) -> str:
-    """A key with Megatron's local names (norms apart from the linear layers) as Transformer Engine names it."""
-    for local, fused in CHECKPOINT_NAMES.items():
-        key = key.replace(f".{local}", f".{fused}")
-    return key
-
-
-def sizes(architecture: Architecture) -> dict[str, int]:
-    """The named sizes that shapes are written in."""
-    return {
-        "vocabulary": architecture.vocab_size,
-        "hidden": architecture.hidden_size,
-        "ffn": architecture.ffn_hidden_size,
-        "queries": architecture.num_attention_heads * architecture.kv_channels,
-        "keys": architecture.num_query_groups * architecture.kv_channels,
-    }
-
-
-def shape_of(part: Part, architecture: Architecture) -> tuple[int, ...]:
-    """A part's shape in numbers."""
-    named = sizes(architecture)
-    return tuple(named[name] for name in part.shape)
-
+from megacpt.model.hf.table import Family, Field, Part, Rotary, Weight
 
 LAYER, MEGATRON_LAYER = "model.layers.{layer}.", "decoder.layers."
 LLAMA = Family(
@@ -179,6 +65,13 @@ LLAMA = Family(
             "output_layer.weight", (Part("lm_head.weight", ("vocabulary", "hidden")),), needs_untied=True
         ),
     ),
+    constants={
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "rotary_percent": 1.0,
+        "use_parallel_residual": False,
+    },
     absent={"hidden_act": "silu"},
     fixed={
         "hidden_act": ("silu", "swish"),
@@ -194,7 +87,61 @@ MISTRAL = replace(
     model_type="mistral",
     absent={**LLAMA.absent, "sliding_window": 4096},
 )
-FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (LLAMA, MISTRAL)}
+NEOX_LAYER = "gpt_neox.layers.{layer}."
+
+
+def _affine(key: str, name: str, rows: str, *columns: str, joint: str = ".") -> tuple[Weight, Weight]:
+    """A matrix or a norm with its bias; `joint` stands before `weight` and `bias` in Megatron's name."""
+    return (
+        Weight(f"{key}{joint}weight", (Part(f"{name}.weight", (rows, *columns)),)),
+        Weight(f"{key}{joint}bias", (Part(f"{name}.bias", (rows,)),)),
+    )
+
+
+# The fused query_key_value has for each head its query, key and value: Megatron's order where every head is a group.
+NEOX = Family(
+    architecture="GPTNeoXForCausalLM",
+    model_type="gpt_neox",
+    fields=(
+        Field("num_layers", "num_hidden_layers", int),
+        Field("hidden_size", "hidden_size", int),
+        Field("ffn_hidden_size", "intermediate_size", int),
+        Field("num_attention_heads", "num_attention_heads", int),
+        Field("num_query_groups", None, int, lambda known: known["num_attention_heads"]),
+        Field("kv_channels", None, int, lambda known: known["hidden_size"] // known["num_attention_heads"]),
+        Field("norm_epsilon", "layer_norm_eps", float, lambda known: 1e-5),
+        Field("use_parallel_residual", "use_parallel_residual", bool, lambda known: True),
+        Field("untie_embeddings_and_output_weights", "tie_word_embeddings", bool, lambda known: True, negated=True),
+        Field("max_position_embeddings", "max_position_embeddings", int),
+        Field("vocab_size", "vocab_size", int),
+    ),
+    weights=(
+        Weight("embedding.word_embeddings.weight", (Part("gpt_neox.embed_in.weight", ("vocabulary", "hidden")),)),
+        *_affine(
+            MEGATRON_LAYER + "self_attention.linear_qkv.layer_norm", NEOX_LAYER + "input_layernorm", "hidden", joint="_"
+        ),
+        *_affine(
+            MEGATRON_LAYER + "self_attention.linear_qkv", NEOX_LAYER + "attention.query_key_value", "qkv", "hidden"
+        ),
+        *_affine(MEGATRON_LAYER + "self_attention.linear_proj", NEOX_LAYER + "attention.dense", "hidden", "queries"),
+        *_affine(
+            MEGATRON_LAYER + "mlp.linear_fc1.layer_norm", NEOX_LAYER + "post_attention_layernorm", "hidden", joint="_"
+        ),
+        *_affine(MEGATRON_LAYER + "mlp.linear_fc1", NEOX_LAYER + "mlp.dense_h_to_4h", "ffn", "hidden"),
+        *_affine(MEGATRON_LAYER + "mlp.linear_fc2", NEOX_LAYER + "mlp.dense_4h_to_h", "hidden", "ffn"),
+        *_affine("decoder.final_layernorm", "gpt_neox.final_layer_norm", "hidden"),
+        Weight("output_layer.weight", (Part("embed_out.weight", ("vocabulary", "hidden")),), needs_untied=True),
+    ),
+    constants={"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True},
+    absent={"hidden_act": "gelu", "attention_bias": True},
+    fixed={"hidden_act": ("gelu",), "attention_bias": (None, True), "quantization_config": (None,)},
+    rotary=Rotary(base="rotary_emb_base", percent="rotary_pct", absent_percent=0.25),
+    # Causal masks and rotary frequencies, which old versions of transformers saved.
+    ignored=("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq"),
+    renamed={"lm_head.weight": "embed_out.weight"},
+    decoder="gpt_neox.layers",
+)
+FAMILIES: Mapping[str, Family] = {family.architecture: family for family in (LLAMA, MISTRAL, NEOX)}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -214,3 +161,19 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"megacpt imports {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
+
+
+def family_for(architecture: Architecture) -> Family:
+    """The table to export a shape with that no config.json came with.
+
+    Raises:
+        UserError: no supported Hugging Face architecture has its combination of features.
+    """
+    for family in FAMILIES.values():
+        if family.expresses(architecture):
+            return family
+    features = {name: getattr(architecture, name) for name in (*DEFAULTS, "num_query_groups", "kv_channels")}
+    raise UserError(
+        f"none of {', '.join(FAMILIES)} has this combination of model keys: "
+        f"{', '.join(f'{name} {value}' for name, value in features.items())}; it cannot be exported"
+    )

@@ -8,9 +8,9 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megacpt.model.hf.families import Family, Weight, checkpoint_key
 from megacpt.model.hf.rows import cut
 from megacpt.model.hf.source import Source
+from megacpt.model.hf.table import Family, Weight, checkpoint_key
 
 LAYER_NUMBER = re.compile(r"(?<=\.layers\.)(\d+)\.")
 Report = Callable[[int], object]

@@ -93,7 +93,9 @@ def _lend_weights(
     def fill(*_arguments: object) -> None:
         for module, name, full in places:
             # A tied output layer has no tensor of its own.
-            stored = full if full in source.tensors else source.family.weights[0].parts[0].name
+            stored = source.family.renamed.get(full, full)
+            if stored not in source.tensors:
+                stored = source.family.weights[0].parts[0].name
             tensor = source.read(stored).to(weight_dtype).to(device, torch.float32)
             module._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
 

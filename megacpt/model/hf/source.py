@@ -70,7 +70,8 @@ class Source:
                     f"{found.file}: tensor {name} has shape {list(found.shape)}, config.json asks for "
                     f"{list(home.shape)}; the two files are not of one model"
                 )
-        tied = () if self.architecture.untie_embeddings_and_output_weights else ("lm_head.weight",)
+        present = self.family.weights_of(self.architecture)
+        tied = [part.name for weight in self.family.weights if weight not in present for part in weight.parts]
         for name in self.tensors.keys() - expected.keys():
             if not name.endswith((*self.family.ignored, *tied)):
                 raise UserError(

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megacpt.errors import UserError
-from megacpt.model.hf.families import checkpoint_key
+from megacpt.model.hf.table import checkpoint_key
 
 
 class StoredTensors:

@@ -11,8 +11,8 @@ from megacpt.config.presets import MODEL_PRESETS
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.hf.config_json import architecture_from, config_for
-from megacpt.model.hf.families import FAMILIES, LLAMA
-from tests.model.hf.models import COMMON, SHAPES
+from megacpt.model.hf.families import FAMILIES, LLAMA, family_for
+from tests.model.hf.models import SHAPES, config_of
 
 # Llama-3.1-8B as published, with the field names of transformers 4.
 LLAMA31_8B: dict[str, Any] = {
@@ -55,22 +55,20 @@ def test_a_published_config_is_its_preset() -> None:
 @pytest.mark.parametrize("preset", [name for name in MODEL_PRESETS if name != "tiny"])
 def test_a_new_config_reads_back_here_and_in_transformers(preset: str) -> None:
     architecture = resolve_architecture(Model(preset=preset), None)
-    config = config_for(architecture, None, LLAMA)
+    family = family_for(architecture)
+    config = config_for(architecture, None, family)
     assert architecture_from(config, "config.json") == architecture
-    read = transformers.LlamaConfig.from_dict(dict(config)).to_dict()
-    assert architecture_from(read | {"architectures": ["LlamaForCausalLM"]}, "config.json") == architecture
+    read = transformers.CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()
+    assert architecture_from(read | {"architectures": [family.architecture]}, "config.json") == architecture
 
 
 @pytest.mark.parametrize("kind", sorted(SHAPES))
 def test_config_of_transformers_5(kind: str, tmp_path: Path) -> None:
-    mistral = kind == "mistral"
-    config_class = transformers.MistralConfig if mistral else transformers.LlamaConfig
-    config = config_class(**(COMMON | SHAPES[kind])).to_dict()
-    config["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
+    config = config_of(kind).to_dict()
     architecture = architecture_from(config, "config.json")
     assert architecture.vocab_size == SHAPES[kind]["vocab_size"]
     assert (architecture.rope_scaling_factor == 8.0) == (kind == "llama3")
-    assert architecture.untie_embeddings_and_output_weights == (kind != "tied")
+    assert architecture.untie_embeddings_and_output_weights == ("tied" not in kind)
     assert config_for(architecture, config, FAMILIES[config["architectures"][0]]) == config
 
 
