@@ -14,7 +14,7 @@ from megacpt.config.tree import Config
 from megacpt.data.batches import BatchLayout, micro_batches
 from megacpt.data.blended import BlendedDataset
 from megacpt.model.forward import Batch
-from megacpt.train.plan import make_plan
+from megacpt.train.planning import make_plan
 from tests import jobs
 from tests.ranks import run_ranks
 from tests.train import megatron_lm
