@@ -1,7 +1,7 @@
-"""Megatron-LM itself, as megatron-core's wheel ships it: its arguments, GPT model, optimizer, checkpoint reader, writer.
+"""Megatron-LM itself, as megatron-core's wheel ships it: arguments, GPT model, optimizer, checkpoint reader and writer.
 
-Runs on a CPU under megacpt's redirection, inside a rank that `megacpt.runtime.setup` has set up. Nothing is replaced but
-the queue between the process that writes files and itself, as in `megacpt.train.checkpoint`.
+Runs on a CPU under megacpt's redirection, inside a rank that `megacpt.runtime.setup` has set up. Nothing is replaced
+but the queue between the process that writes files and itself, as in `megacpt.train.checkpoint`.
 """
 
 import contextlib
@@ -72,12 +72,15 @@ def arguments(*flags: str) -> Namespace:
     return args
 
 
-def build(*flags: str, layout: Layout | None = None, keys_map: bool = True) -> Peer:
-    """Groups, arguments, model, optimizer, scheduler. Without `keys_map`, norms are saved under their own names."""
+def build(*flags: str, keys_map: bool = True) -> Peer:
+    """A rank alone: arguments, model, optimizer, scheduler. Without `keys_map`, norms are saved under their own names.
+
+    Tensor parallelism is not for a CPU: the arguments' check then asks for the GPU's architecture.
+    """
     from megatron.training import training
     from megatron.training.arguments import core_transformer_config_from_args
 
-    setup(layout or Layout(1), seed=1, threads=1)
+    setup(Layout(1), seed=1, threads=1)
     args = arguments(*flags)
 
     def provide(pre_process: bool, post_process: bool, config: Any = None, **_: Any) -> GPTModel:
