@@ -13,8 +13,9 @@ from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.data.indexed import write_dataset
 from megacpt.runtime.setup import setup
-from megacpt.train.job import Job, build_job
-from megacpt.train.plan import make_plan
+from megacpt.train.build import build_job
+from megacpt.train.job import Job
+from megacpt.train.planning import make_plan
 
 Section = Mapping[str, Any]
 NOTHING: Section = MappingProxyType({})

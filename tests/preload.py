@@ -4,6 +4,6 @@ import warnings
 
 warnings.simplefilter("ignore")
 
-import megacpt.train.job  # noqa: E402
+import megacpt.train.build  # noqa: E402
 import megacpt.train.loop  # noqa: E402
-import megacpt.train.plan  # noqa: E402, F401
+import megacpt.train.planning  # noqa: E402, F401

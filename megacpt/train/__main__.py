@@ -54,7 +54,7 @@ def run(parsed: argparse.Namespace) -> None:
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
     # Imported late: --help and a wrong key should answer before megatron-core is loaded.
-    from megacpt.train.plan import make_plan
+    from megacpt.train.planning import make_plan
 
     world_size = parsed.world_size or world_size_from_environment()
     plan = make_plan(config, world_size, on_gpu=torch.cuda.is_available())
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> None:
             print(describe(plan))
         return
     rank = setup(plan.layout, config.train.seed, config.runtime.threads, config.runtime.distributed_timeout_minutes)
-    from megacpt.train.job import build_job
+    from megacpt.train.build import build_job
     from megacpt.train.loop import train
     from megacpt.train.startup import announce
 

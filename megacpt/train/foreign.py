@@ -57,7 +57,7 @@ class Foreign:
     """What a checkpoint says of itself: shapes of whole tensors by name, and Megatron-LM's arguments, if any."""
 
     folder: Path
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     args: Namespace
 
 

@@ -1,65 +1,31 @@
-"""The only wiring: from a plan to a job whose parts the loop calls."""
+"""A run in this process: the parts that the loop calls."""
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.batches import BatchLayout
 from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
-from megacpt.files import disk_errors, lock, write_text
-from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
-from megacpt.model.forward import Batch, run_batches, stage_reads_batches
+from megacpt.model.forward import Batch, run_batches
 from megacpt.model.gpt import LlamaModel
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
-from megacpt.train.checkpoint import (
-    Beside,
-    TrainState,
-    load_all,
-    remove_partial,
-    save_checkpoint,
-)
+from megacpt.train.checkpoint import Beside, TrainState, save_checkpoint
 from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.interchange import megatron_state
 from megacpt.train.metrics import MetricsLog, mfu, perplexity
-from megacpt.train.optimizer import build_optimizer, set_learning_rate, wrap_chunks
+from megacpt.train.optimizer import set_learning_rate
 from megacpt.train.plan import Plan
-from megacpt.train.start import initial_weights
-
-
-@dataclass
-class Progress:
-    """What changes while training; everything here goes into a checkpoint.
-
-    Attributes:
-        tokens: target tokens seen by source, int64 [sources].
-        former_tokens: those seen of sources that the mixture no longer has, by name.
-        interval: float64 [2, sources], summed loss and tokens since the last log line.
-        interval_steps: steps in that interval.
-    """
-
-    iteration: int
-    tokens: torch.Tensor
-    former_tokens: dict[str, int]
-    interval: torch.Tensor
-    interval_steps: int = 0
-    interval_began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def consumed_tokens(self) -> int:
-        """Target tokens seen by the whole run."""
-        return int(self.tokens.sum()) + sum(self.former_tokens.values())
+from megacpt.train.progress import Progress
 
 
 @dataclass
@@ -185,7 +151,7 @@ class Job:
         beside = Beside(
             dump_config(self.plan.config),
             megatron_state(self.plan, self.progress.iteration),
-            _base_folder(self.plan),
+            self.plan.base_folder,
         )
         keep_last = self.plan.config.save.keep_last
         folder = save_checkpoint(root, self._state(), self.chunks, self.optimizer, beside, keep_last)
@@ -224,98 +190,4 @@ class Job:
                 "threads": self.rank.threads,
             },
             versions=versions(),
-        )
-
-
-def build_job(plan: Plan, rank: Rank) -> Job:
-    """Build the model, load or draw its weights, wrap it, build the optimizer, open the data and the log.
-
-    Raises:
-        UserError: a checkpoint does not fit, or the run folder cannot be written.
-    """
-    config = plan.config
-    options = BuildOptions(plan.dtype, config.data.reset_position_ids)
-    chunks = build_chunks(
-        plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
-    )
-    verdict = initial_weights(plan, chunks) if plan.resume is None else None
-    freeze_layers(chunks, config.train.freeze)
-    wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
-    optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
-    if plan.resume is not None:
-        load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
-    folder = Path(config.save.dir)
-    held = lock(folder / ".lock", f"the run folder {folder}") if rank.is_first else None
-    data_rank = parallel_state.get_data_parallel_rank()
-    batch_layout = BatchLayout(
-        config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
-    )
-    log = _open_log(plan) if rank.is_first else None
-    if log is not None and verdict is not None:
-        log.say(verdict)
-    return Job(
-        plan=plan,
-        rank=rank,
-        chunks=chunks,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        batch_layout=batch_layout,
-        batches=_training_batches(plan, batch_layout),
-        log=log,
-        lock=held,
-        progress=_progress(plan),
-    )
-
-
-def _base_folder(plan: Plan) -> Path | None:
-    """Where the run keeps the small files of the Hugging Face model that it began from."""
-    return Path(plan.config.save.dir) / "hf_base" if plan.origin is not None else None
-
-
-def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:
-    documents = plan.config.data.reset_attention_mask
-    if not stage_reads_batches(documents):
-        return None
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
-    size = plan.mixture.global_batch_size
-    span = range(plan.first_iteration * size, plan.last_iteration * size)
-    return micro_batches(dataset, batch_layout, span, plan.config.data.num_workers, documents)
-
-
-def _progress(plan: Plan) -> Progress:
-    names = [source.name for source in plan.mixture.sources]
-    if plan.resume is None:
-        tokens = torch.zeros(len(names), dtype=torch.long)
-        return Progress(0, tokens, {}, torch.zeros(2, len(names), dtype=torch.float64))
-    state = plan.resume.state
-    same_sources = list(state.mixture["sources"]) == names
-    interval = (
-        torch.tensor(state.interval["sums"], dtype=torch.float64)
-        if same_sources
-        else torch.zeros(2, len(names)).double()
-    )
-    return Progress(
-        iteration=state.iteration,
-        tokens=torch.tensor([state.tokens_by_source.get(name, 0) for name in names]),
-        former_tokens={name: count for name, count in state.tokens_by_source.items() if name not in names},
-        interval=interval,
-        interval_steps=state.interval["steps"] if same_sources else 0,
-    )
-
-
-def _open_log(plan: Plan) -> MetricsLog:
-    config, folder = plan.config, Path(plan.config.save.dir)
-    with disk_errors(folder):
-        # First, for what a killed save left may have filled the disk.
-        remove_partial(folder / "checkpoints")
-        write_text(folder / "config.yaml", dump_config(config))
-        base = _base_folder(plan)
-        if base is not None and plan.origin is not None:
-            plan.origin.write(base, plan.architecture)
-        return MetricsLog(
-            folder,
-            plan.first_iteration,
-            plan.last_iteration,
-            tensorboard=config.logging.tensorboard,
-            wandb_project=config.logging.wandb_project,
         )

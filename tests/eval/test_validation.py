@@ -17,8 +17,8 @@ def validate(tree: tiny.Tree, world: int) -> dict[str, tuple[float, int]]:
     """Loss and tokens of each set under fresh weights."""
     from megacpt.eval.validation import evaluate
     from megacpt.runtime.setup import setup
-    from megacpt.train.job import build_job
-    from megacpt.train.plan import make_plan
+    from megacpt.train.build import build_job
+    from megacpt.train.planning import make_plan
 
     config = config_from(tree, "test")
     plan = make_plan(config, world, on_gpu=False)

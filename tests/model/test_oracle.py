@@ -14,7 +14,8 @@ from megacpt.config.architecture import Architecture, resolve_architecture
 from megacpt.config.tree import Config
 from megacpt.data.batches import collate
 from megacpt.data.blended import BlendedDataset
-from megacpt.train.plan import Plan, make_plan
+from megacpt.train.plan import Plan
+from megacpt.train.planning import make_plan
 from tests.jobs import Section, relative_difference, small_config, start, step
 from tests.ranks import run_ranks
 

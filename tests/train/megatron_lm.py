@@ -72,12 +72,15 @@ def arguments(*flags: str) -> Namespace:
     return args
 
 
-def build(*flags: str, layout: Layout | None = None, keys_map: bool = True) -> Peer:
-    """Groups, arguments, model, optimizer, scheduler. Without `keys_map`, norms are saved under their own names."""
+def build(*flags: str, keys_map: bool = True) -> Peer:
+    """A rank alone: arguments, model, optimizer, scheduler. Without `keys_map`, norms are saved under their own names.
+
+    Tensor parallelism is not for a CPU: the arguments' check then asks for the GPU's architecture.
+    """
     from megatron.training import training
     from megatron.training.arguments import core_transformer_config_from_args
 
-    setup(layout or Layout(1), seed=1, threads=1)
+    setup(Layout(1), seed=1, threads=1)
     args = arguments(*flags)
 
     def provide(pre_process: bool, post_process: bool, config: Any = None, **_: Any) -> GPTModel:

@@ -18,7 +18,8 @@ from megacpt.data.indexed import write_dataset
 from megacpt.train.__main__ import main
 from megacpt.train.dry_run import evaluation_cost, flops, size
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
-from megacpt.train.plan import Plan, fingerprint, make_plan
+from megacpt.train.plan import Plan, fingerprint
+from megacpt.train.planning import make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGE = [

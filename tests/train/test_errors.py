@@ -22,10 +22,10 @@ from megacpt.data.order import shuffled_pass
 from megacpt.errors import UserError
 from megacpt.files import lock
 from megacpt.runtime import setup
-from megacpt.train import plan
+from megacpt.train import planning
 from megacpt.train.__main__ import main
-from megacpt.train.job import build_job
-from megacpt.train.plan import make_plan
+from megacpt.train.build import build_job
+from megacpt.train.planning import make_plan
 from tests.ranks import run_ranks
 from tests.train import tiny
 
@@ -111,7 +111,7 @@ def test_layouts(complaint: Complaint, overrides: list[str], words: list[str]) -
 
 def _train_unscanned(tree: tiny.Tree, folder: Path) -> int:
     """The command line on this rank, with stderr in a file, on datasets too large to be scanned beforehand."""
-    plan.SCAN_LIMIT = 0
+    planning.SCAN_LIMIT = 0
     configuration = folder / "config.yaml"
     configuration.write_text(yaml.safe_dump(tree))
     with open(folder / f"rank{os.environ['RANK']}", "w") as stderr, contextlib.redirect_stderr(stderr):

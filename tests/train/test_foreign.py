@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class Command:
         return os.system, (self.command,)
 
 
-def _check(shapes: dict[str, tuple[int, ...]] = ROWS, **changes: Any) -> None:
+def _check(shapes: Mapping[str, tuple[int, ...]] = ROWS, **changes: Any) -> None:
     check_foreign(Foreign(Path("base/iter_0000005"), shapes, Namespace(**ARGS | changes)), SHAPE)
 
 
@@ -117,8 +119,8 @@ def test_a_model_without_gate_and_with_biases() -> None:
 
 
 def test_scaled_rotary_phases_against_none() -> None:
-    scaled = Architecture(**vars(SHAPE) | {"rope_scaling_factor": 8.0})
-    with pytest.raises(UserError, match=r"its rope_scaling_factor is None, this run's .* is 8.0"):
+    scaled = replace(SHAPE, rope_scaling_factor=8.0)
+    with pytest.raises(UserError, match=r"its rope_scaling_factor is None, this run's .* is 8\.0"):
         check_foreign(Foreign(Path("base"), ROWS, Namespace(**ARGS)), scaled)
 
 

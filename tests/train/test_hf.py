@@ -16,7 +16,7 @@ from megacpt.data.manifest import Manifest, TokenizerInfo, write_manifest
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.train.__main__ import main
-from megacpt.train.plan import make_plan
+from megacpt.train.planning import make_plan
 from tests.jobs import small_config, write_corpus
 from tests.model.hf.models import make_model, tensors_of, transformers_logits
 from tests.ranks import run_ranks

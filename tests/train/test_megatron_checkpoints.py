@@ -1,5 +1,6 @@
 """Checkpoints between Megatron-LM and megacpt, with Megatron-LM's own writer and reader on the other side."""
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from megacpt.config.tree import Config
 from megacpt.data.batches import BatchLayout, micro_batches
 from megacpt.data.blended import BlendedDataset
 from megacpt.model.forward import Batch
-from megacpt.train.plan import make_plan
+from megacpt.train.planning import make_plan
 from tests import jobs
 from tests.ranks import run_ranks
 from tests.train import megatron_lm
 
-pytest.importorskip("megatron.training.checkpointing", reason="this megatron-core ships no megatron.training")
+if importlib.util.find_spec("megatron.training") is None:
+    pytest.skip("this megatron-core ships no megatron.training", allow_module_level=True)
 
 UNTIED = "--untie-embeddings-and-output-weights"
 ARGUMENTS = (
@@ -54,9 +56,10 @@ def _batches(config: Config) -> Iterator[Batch]:
     return micro_batches(dataset, BatchLayout(size, size, 0, 1), range(plan.mixture.steps * size), 0, False)
 
 
-def _write(flags: tuple[str, ...], batch: Batch, keys_map: bool) -> tuple[float, float]:
+def _write(flags: tuple[str, ...], batch: Batch, names: str) -> tuple[float, float]:
     """Save at iteration 5; Megatron-LM's loss on the batch, as it is and with padding left out of the softmax."""
-    peer = megatron_lm.build(*flags, keys_map=keys_map)
+    peer = megatron_lm.build(*flags, keys_map=names != "norms' own")
+    peer.chunks[0].module.config.hetereogenous_dist_checkpoint = names == "layer by layer"
     megatron_lm.save(peer, 5)
     with torch.no_grad():
         logits = megatron_lm.logits(peer, batch["tokens"])
@@ -65,18 +68,20 @@ def _write(flags: tuple[str, ...], batch: Batch, keys_map: bool) -> tuple[float,
 
 
 @pytest.mark.parametrize(
-    ("tied", "divisible_by", "keys_map", "layouts"),
-    [(False, 7, True, ("TP1", "TP2", "PP2")), (True, 1024, True, ("PP2",)), (False, 1024, False, ("TP2",))],
-    ids=["untied, 504 rows", "tied, 1024 rows", "local names"],
+    ("tied", "divisible_by", "names", "layouts"),
+    [
+        (False, 7, "usual", ("TP1", "TP2", "PP2")),
+        (True, 1024, "usual", ("PP2",)),
+        (False, 1024, "norms' own", ("TP2",)),
+        (True, 7, "layer by layer", ("PP2",)),
+    ],
 )
-def test_from_megatron_lm(
-    tmp_path: Path, tied: bool, divisible_by: int, keys_map: bool, layouts: tuple[str, ...]
-) -> None:
+def test_from_megatron_lm(tmp_path: Path, tied: bool, divisible_by: int, names: str, layouts: tuple[str, ...]) -> None:
     """Training goes on from Megatron-LM's loss; the padding rows are left out, unless they are called tokens."""
-    model = {"untie_embeddings_and_output_weights": not tied}
+    model: dict[str, Any] = {"untie_embeddings_and_output_weights": not tied}
     batch = next(_batches(jobs.small_config(tmp_path, model)))
     flags = megatron_lm.where(tmp_path / "peer", "--make-vocab-size-divisible-by", str(divisible_by))
-    ((whole, real),) = run_ranks(_write, 1, (*flags, *([] if tied else [UNTIED])), batch, keys_map)
+    ((whole, real),) = run_ranks(_write, 1, (*flags, *([] if tied else [UNTIED])), batch, names)
     assert whole - real > 1e-3, "padding has to matter for the comparison to mean anything"
     init = {"checkpoint": str(tmp_path / "peer")}
     for name in layouts:

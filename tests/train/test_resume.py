@@ -16,7 +16,7 @@ import yaml
 
 from megacpt.config.load import config_from
 from megacpt.errors import UserError
-from megacpt.train.plan import make_plan
+from megacpt.train.planning import make_plan
 from tests.ranks import run_ranks
 from tests.train import tiny
 

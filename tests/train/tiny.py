@@ -89,9 +89,9 @@ def layout(tp: int = 1, pp: int = 1, vp: int | None = None, *, sp: bool = False,
 def train_here(configuration: Tree, world: int) -> dict[str, Any]:
     """Run the configuration on this rank to its end; facts about the optimizer for tests to look at."""
     from megacpt.runtime.setup import setup
-    from megacpt.train.job import build_job
+    from megacpt.train.build import build_job
     from megacpt.train.loop import train
-    from megacpt.train.plan import make_plan
+    from megacpt.train.planning import make_plan
 
     config = config_from(configuration, "test")
     plan = make_plan(config, world, on_gpu=False)

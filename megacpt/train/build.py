@@ -1,0 +1,88 @@
+"""The only wiring: from a plan to a job."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from megacpt.config.load import dump_config
+from megacpt.data.batches import BatchLayout, micro_batches
+from megacpt.data.blended import BlendedDataset
+from megacpt.files import disk_errors, lock, write_text
+from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
+from megacpt.model.forward import Batch, stage_reads_batches
+from megacpt.runtime.setup import Rank
+from megacpt.train.checkpoint import load_all, remove_partial
+from megacpt.train.job import Job
+from megacpt.train.metrics import MetricsLog
+from megacpt.train.optimizer import build_optimizer, wrap_chunks
+from megacpt.train.plan import Plan
+from megacpt.train.progress import progress_at_start
+from megacpt.train.start import initial_weights
+
+
+def build_job(plan: Plan, rank: Rank) -> Job:
+    """Build the model, load or draw its weights, wrap it, build the optimizer, open the data and the log.
+
+    Raises:
+        UserError: a checkpoint does not fit, or the run folder cannot be written.
+    """
+    config = plan.config
+    options = BuildOptions(plan.dtype, config.data.reset_position_ids)
+    chunks = build_chunks(
+        plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
+    )
+    verdict = initial_weights(plan, chunks) if plan.resume is None else None
+    freeze_layers(chunks, config.train.freeze)
+    wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
+    optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
+    if plan.resume is not None:
+        load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
+    folder = Path(config.save.dir)
+    held = lock(folder / ".lock", f"the run folder {folder}") if rank.is_first else None
+    data_rank = parallel_state.get_data_parallel_rank()
+    batch_layout = BatchLayout(
+        config.train.global_batch_size, config.train.micro_batch_size, data_rank, plan.layout.data
+    )
+    log = _open_log(plan) if rank.is_first else None
+    if log is not None and verdict is not None:
+        log.say(verdict)
+    return Job(
+        plan=plan,
+        rank=rank,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        batch_layout=batch_layout,
+        batches=_training_batches(plan, batch_layout),
+        log=log,
+        lock=held,
+        progress=progress_at_start(plan),
+    )
+
+
+def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] | None:
+    documents = plan.config.data.reset_attention_mask
+    if not stage_reads_batches(documents):
+        return None
+    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    size = plan.mixture.global_batch_size
+    span = range(plan.first_iteration * size, plan.last_iteration * size)
+    return micro_batches(dataset, batch_layout, span, plan.config.data.num_workers, documents)
+
+
+def _open_log(plan: Plan) -> MetricsLog:
+    config, folder = plan.config, Path(plan.config.save.dir)
+    with disk_errors(folder):
+        # First, for what a killed save left may have filled the disk.
+        remove_partial(folder / "checkpoints")
+        write_text(folder / "config.yaml", dump_config(config))
+        if plan.origin is not None and plan.base_folder is not None:
+            plan.origin.write(plan.base_folder, plan.architecture)
+        return MetricsLog(
+            folder,
+            plan.first_iteration,
+            plan.last_iteration,
+            tensorboard=config.logging.tensorboard,
+            wandb_project=config.logging.wandb_project,
+        )

@@ -1,0 +1,226 @@
+"""From a configuration to a checked plan: against itself, the layout, the datasets on disk and the checkpoints."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
+from megacpt.config.check import check_config, check_micro_batches
+from megacpt.config.tree import Config
+from megacpt.data.batches import BatchLayout
+from megacpt.data.blended import EvalSet, SourceSpec, SourceStream, open_sources
+from megacpt.data.continuation import continuation, differences, start_of
+from megacpt.data.indexed import IndexedDataset, bin_path
+from megacpt.data.manifest import read_manifest
+from megacpt.data.mixture import Budget, Mixture, Source, Start
+from megacpt.data.solve import solve
+from megacpt.data.tokenizer import load_tokenizer
+from megacpt.errors import UserError
+from megacpt.model.hf.families import family_for
+from megacpt.model.hf.reference import require_transformers
+from megacpt.runtime.environment import version_of
+from megacpt.runtime.setup import Layout
+from megacpt.train.checkpoint import find_checkpoint, read_state
+from megacpt.train.foreign import check_foreign, read_foreign
+from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
+from megacpt.train.plan import Plan, Resume, Vocabulary
+from megacpt.train.schedule import LRSchedule
+
+SCAN_LIMIT = 256 << 20
+"""Bytes of tokens up to which a dataset without a manifest is scanned for foreign tokens before training."""
+
+
+def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
+    """Check the configuration against itself, the layout, the datasets on disk and the checkpoint to resume from.
+
+    Reads files, changes none.
+
+    Raises:
+        UserError: the first thing that cannot work, in one sentence.
+    """
+    model, train = config.model, config.train
+    layout = Layout(
+        world_size,
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.virtual_pipeline_model_parallel_size,
+        model.context_parallel_size,
+    )
+    layout.check()
+    batches = BatchLayout(train.global_batch_size, train.micro_batch_size, 0, layout.data)
+    check_micro_batches(config, batches.micro_batches)
+    specs = [SourceSpec(name, s.path, s.epochs, s.weight) for name, s in config.data.sources.items()]
+    sources, datasets = open_sources(specs)
+    held_out = {name: IndexedDataset(path) for name, path in config.eval.sets.items()}
+    vocabulary = _vocabulary(config, [s.path for s in specs] + list(config.eval.sets.values()))
+    resume = _find_resume(config)
+    origin = _origin(config, resume)
+    architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
+    check_config(config, architecture)
+    if config.save.hf_every is not None and origin is None:
+        family_for(architecture)
+    _check_tokenizer(config, origin, vocabulary)
+    if config.logging.wandb_project is not None and version_of("wandb") == "absent":
+        raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key")
+    vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
+    _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
+
+    mixture, notes = _mixture(config, sources, resume)
+    dtype = torch.bfloat16 if (config.precision.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
+    schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
+    schedule.check(mixture.steps_available, train.global_batch_size)
+    plan = Plan(
+        config=config,
+        layout=layout,
+        architecture=architecture,
+        vocabulary=vocabulary,
+        mixture=mixture,
+        datasets=datasets,
+        eval_sets=_eval_sets(config, held_out, architecture),
+        schedule=schedule,
+        resume=resume,
+        dtype=dtype,
+        origin=origin,
+        notes=notes,
+    )
+    _check_identity(plan)
+    _check_init(plan)
+    return plan
+
+
+def _mixture(config: Config, sources: Sequence[Source], resume: Resume | None) -> tuple[Mixture, tuple[str, ...]]:
+    """The solved mixture, and what to tell of it; on resume it is the checkpoint's or takes over from it."""
+    train = config.train
+    budget = Budget(train.train_iters, train.train_samples, train.train_tokens)
+    solved = (sources, config.data.seq_length, train.global_batch_size, train.seed, budget)
+    if resume is None:
+        return solve(*solved, Start()), ()
+    state = resume.state
+    mixture = solve(*solved, start_of(state.mixture))
+    changes = differences(state.mixture, mixture.fingerprint())
+    if not changes:
+        return mixture, ()
+    if not config.data.accept_change:
+        raise UserError(
+            f"the mixture is not the one of {resume.folder}: {'; '.join(changes)}; restore it, or set "
+            "data.accept_change=true to go on from what each source has consumed"
+        )
+    start = continuation(state.mixture, mixture.fingerprint(), state.consumed_samples, state.samples_by_source)
+    return solve(*solved, start), (f"mixture changed at sample {start.sample:,}: {'; '.join(changes)}",)
+
+
+def _eval_sets(config: Config, held_out: dict[str, IndexedDataset], architecture: Architecture) -> dict[str, EvalSet]:
+    size, seed, vocabulary = config.data.seq_length, config.train.seed, architecture.vocab_size
+    limit = config.eval.iters and config.eval.iters * config.train.global_batch_size
+    streams = {name: SourceStream(data, name, size, seed, vocabulary) for name, data in held_out.items()}
+    return {name: EvalSet(stream, limit) for name, stream in streams.items()}
+
+
+def _find_resume(config: Config) -> Resume | None:
+    folder = find_checkpoint(Path(config.save.dir) / "checkpoints")
+    if folder is None:
+        return None
+    state = read_state(folder)
+    if state is None:
+        raise UserError(
+            f"{folder}: not written by megacpt; choose another save.dir and start with init.checkpoint={folder}"
+        )
+    return Resume(folder, state)
+
+
+def _origin(config: Config, resume: Resume | None) -> Origin | None:
+    """The Hugging Face model that the weights began as: of the checkpoint to go on from, or of `init`."""
+    if resume is not None:
+        return origin_of(resume.folder)
+    if config.init.hf is not None:
+        if config.init.gate:
+            require_transformers()
+        return open_hf(config.init.hf)
+    folder = find_checkpoint(config.init.checkpoint) if config.init.checkpoint is not None else None
+    return origin_of(folder) if folder is not None else None
+
+
+def _check_tokenizer(config: Config, origin: Origin | None, vocabulary: Vocabulary | None) -> None:
+    """Refuse tokens of another tokenizer than the model's, unless the configuration names theirs."""
+    if origin is None or vocabulary is None or config.tokenizer is not None:
+        return
+    own = find_tokenizer(origin.folder, vocabulary.type)
+    if own is not None and own.sha256 != vocabulary.sha256:
+        raise UserError(
+            f"{origin.folder}: its tokenizer (vocabulary {own.vocab_size:,}) is not the one that made the datasets "
+            f"(vocabulary {vocabulary.size:,}); preprocess them with the model's, or name theirs in section tokenizer"
+        )
+
+
+def _check_identity(plan: Plan) -> None:
+    if plan.resume is None:
+        return
+    old, new = plan.resume.state.identity, plan.identity()
+    for key in new:
+        if old.get(key) != new[key]:
+            raise UserError(
+                f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
+                "choose another save.dir and start from these weights with init.checkpoint"
+            )
+
+
+def _check_init(plan: Plan) -> None:
+    """Refuse starting weights of another shape or vocabulary before a model is built."""
+    place = plan.config.init.checkpoint
+    if place is None or plan.resume is not None:
+        return
+    folder = find_checkpoint(place)
+    if folder is None:
+        raise UserError(
+            f"init.checkpoint {place}: no checkpoint there; name a run, its checkpoints or an iter_* folder"
+        )
+    state = read_state(folder)
+    stored = read_foreign(folder)
+    if state is None:
+        check_foreign(stored, plan.architecture)
+        return
+    new = plan.identity()
+    for key in [f"model.{name}" for name in WEIGHT_FIELDS] + ["tokenizer"]:
+        if state.identity[key] != new[key] and None not in (state.identity[key], new[key]):
+            raise UserError(
+                f"init.checkpoint {folder}: its {key} is {state.identity[key]}, this run's is {new[key]}; make them "
+                "equal or choose another checkpoint"
+            )
+
+
+def _vocabulary(config: Config, prefixes: Sequence[str]) -> Vocabulary | None:
+    """The tokenizer that made every dataset, from the configuration and the datasets' manifests, which must agree."""
+    found: dict[str, tuple[str, Vocabulary]] = {}
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.model)
+        own = Vocabulary(tokenizer.vocab_size, tokenizer.sha256, tokenizer.type)
+        found["the configured tokenizer"] = (config.tokenizer.model, own)
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        if manifest is not None:
+            tokenizer_info = manifest.tokenizer
+            made_by = Vocabulary(tokenizer_info.vocab_size, tokenizer_info.sha256, tokenizer_info.type)
+            found.setdefault(prefix, (prefix, made_by))
+    if not found:
+        return None
+    (first, (_, vocabulary)), *rest = found.items()
+    for where, (_, other) in rest:
+        if other != vocabulary:
+            raise UserError(
+                f"{where}: made with another tokenizer (vocabulary {other.size:,}) than {first} (vocabulary "
+                f"{vocabulary.size:,}); preprocess both with the same one"
+            )
+    return vocabulary
+
+
+def _check_tokens(datasets: Sequence[IndexedDataset], vocab_size: int, vocabulary: Vocabulary) -> None:
+    """Refuse foreign tokens now where that is cheap; every sample is checked again when it is read."""
+    if vocabulary.size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocabulary.size:,} tokens, the model {vocab_size:,} (model.vocab_size); "
+            "use the model's own tokenizer, or enlarge model.vocab_size"
+        )
+    for dataset in datasets:
+        if bin_path(dataset.prefix).stat().st_size <= SCAN_LIMIT:
+            dataset.check_vocabulary(vocab_size)
