@@ -81,7 +81,7 @@ def _model(setting: Setting) -> list[str]:
     ]
     variant = {name: value for name in DEFAULTS if (value := getattr(shape, name)) != DEFAULTS[name]}
     if variant:
-        lines.append("where Llama differs: " + ", ".join(f"{name} {value}" for name, value in variant.items()))
+        lines.append("unlike Llama: " + ", ".join(f"{name} {value}" for name, value in variant.items()))
     frozen = freeze.top + freeze.bottom
     if frozen:
         lines.append(
