@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Freeze, Model
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.model.spec import block_spec
 
 
@@ -70,14 +70,14 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
 
 def build_chunks(
     architecture: Architecture, model: Model, config: TransformerConfig, options: BuildOptions
-) -> list[LlamaModel]:
+) -> list[LanguageModel]:
     """This rank's model: one chunk, or one per virtual pipeline stage. Parameters are not initialised."""
     virtual = model.virtual_pipeline_model_parallel_size
     padded = architecture.padded_vocab_size(model.make_vocab_size_divisible_by, model.tensor_model_parallel_size)
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        chunk = LlamaModel(
+        chunk = LanguageModel(
             architecture,
             config,
             options.restart_positions,
@@ -91,7 +91,7 @@ def build_chunks(
     return chunks
 
 
-def freeze_layers(chunks: list[LlamaModel], freeze: Freeze) -> int:
+def freeze_layers(chunks: list[LanguageModel], freeze: Freeze) -> int:
     """Stop gradients into the parameters of the outermost layers; returns how many layers of this rank it froze."""
     frozen = 0
     for chunk in chunks:
@@ -104,7 +104,7 @@ def freeze_layers(chunks: list[LlamaModel], freeze: Freeze) -> int:
     return frozen
 
 
-def slot_classes(chunk: LlamaModel) -> dict[str, str]:
+def slot_classes(chunk: LanguageModel) -> dict[str, str]:
     """The class in every slot of the layer spec, for the start-up report and tests."""
     layer = chunk.decoder.layers[0]
     slots = {

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megacpt.config.architecture import Architecture
 
 
-class LlamaModel(GPTModel):
+class LanguageModel(GPTModel):
     """A GPTModel whose padding rows can be neither predicted nor sampled.
 
     `restart_positions` makes rotary phases follow `position_ids`; GPTModel alone ignores them under RoPE.

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megacpt.config.architecture import DEFAULTS
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.train.foreign import holds_layers_one_by_one, take_stored_names
 from megacpt.train.optimizer import common_optimizer_state, load_optimizer_state, sharded_optimizer_state
 
@@ -143,18 +143,18 @@ def remove_partial(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _named(chunks: Sequence[LlamaModel]) -> dict[str, LlamaModel]:
+def _named(chunks: Sequence[LanguageModel]) -> dict[str, LanguageModel]:
     """Megatron's names: `model`, or `model0`, `model1`, ... for virtual pipeline stages."""
     return {"model" if len(chunks) == 1 else f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _model_state(chunks: Sequence[LlamaModel], *, layer_by_layer: bool = False) -> dict[str, Any]:
+def _model_state(chunks: Sequence[LanguageModel], *, layer_by_layer: bool = False) -> dict[str, Any]:
     metadata = {"non_homogeneous_layers": layer_by_layer}
     return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks).items()}
 
 
 def _optimizer_state(
-    optimizer: MegatronOptimizer, chunks: Sequence[LlamaModel], *, loading: bool
+    optimizer: MegatronOptimizer, chunks: Sequence[LanguageModel], *, loading: bool
 ) -> dict[int, dict[int, dict[str, Any]]]:
     # A checkpoint holds a weight of all layers as one tensor. Its moments cannot be one where frozen layers have none.
     model_state = _model_state(chunks, layer_by_layer=any(chunk.some_layers_frozen for chunk in chunks))
@@ -164,7 +164,7 @@ def _optimizer_state(
 def save_checkpoint(
     root: Path,
     state: TrainState,
-    chunks: Sequence[LlamaModel],
+    chunks: Sequence[LanguageModel],
     optimizer: MegatronOptimizer,
     beside: Beside,
     keep_last: int | None,
@@ -194,7 +194,7 @@ def save_checkpoint(
     return final
 
 
-def save_weights(root: Path, chunks: Sequence[LlamaModel], write_base: Callable[[Path], None]) -> Path:
+def save_weights(root: Path, chunks: Sequence[LanguageModel], write_base: Callable[[Path], None]) -> Path:
     """Write weights alone, from all ranks, as Megatron's `release` checkpoint.
 
     Args:
@@ -262,7 +262,7 @@ def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
     return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
+def load_weights(folder: Path, chunks: Sequence[LanguageModel]) -> None:
     """Fill the model's parameters from a checkpoint of any layout, megacpt's or Megatron-LM's.
 
     Other vocabulary padding is cut or zeroed.
@@ -284,7 +284,7 @@ def load_weights(folder: Path, chunks: Sequence[LlamaModel]) -> None:
     _restore_weights(chunks, loaded)
 
 
-def load_all(folder: Path, chunks: Sequence[LlamaModel], optimizer: MegatronOptimizer, iteration: int) -> None:
+def load_all(folder: Path, chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, iteration: int) -> None:
     """Fill parameters and optimizer state from a checkpoint of any layout."""
     sharded = _model_state(chunks)
     sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=True)
@@ -304,6 +304,6 @@ def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def _restore_weights(chunks: Sequence[LlamaModel], loaded: Mapping[str, Any]) -> None:
+def _restore_weights(chunks: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
     for name, chunk in _named(chunks).items():
         chunk.load_state_dict(loaded[name])

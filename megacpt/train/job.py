@@ -16,7 +16,7 @@ from megacpt.data.batches import BatchLayout
 from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
 from megacpt.model.forward import Batch, run_batches
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import Beside, TrainState, save_checkpoint
@@ -34,7 +34,7 @@ class Job:
 
     plan: Plan
     rank: Rank
-    chunks: list[LlamaModel]
+    chunks: list[LanguageModel]
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     batch_layout: BatchLayout

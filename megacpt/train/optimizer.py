@@ -19,14 +19,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megacpt.config.tree import Optimizer, Precision
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "param"
 
 
 def wrap_chunks(
-    chunks: Sequence[LlamaModel], optimizer: Optimizer, precision: Precision
+    chunks: Sequence[LanguageModel], optimizer: Optimizer, precision: Precision
 ) -> list[DistributedDataParallel]:
     """Give each chunk megatron-core's gradient buffers and reduction over data-parallel ranks."""
     settings = DistributedDataParallelConfig(

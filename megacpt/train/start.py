@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megacpt.data.blended import BlendedDataset
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import check_import
 from megacpt.model.init import draw_weights
@@ -15,7 +15,7 @@ from megacpt.train.exchange import GATE_SHAPE
 from megacpt.train.plan import Plan
 
 
-def initial_weights(plan: Plan, chunks: Sequence[LlamaModel]) -> str | None:
+def initial_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str | None:
     """Draw, load or import; returns what there is to say about an import.
 
     Raises:
@@ -33,7 +33,7 @@ def initial_weights(plan: Plan, chunks: Sequence[LlamaModel]) -> str | None:
     return None
 
 
-def _import_weights(plan: Plan, chunks: Sequence[LlamaModel]) -> str:
+def _import_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str:
     assert plan.origin is not None
     source = plan.origin.source
     assert source is not None, "init.hf has been opened"

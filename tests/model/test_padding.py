@@ -9,7 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megacpt.config.tree import Config
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.train.job import Job
 from megacpt.train.optimizer import sharded_optimizer_state
 from tests.jobs import Section, small_config, start, step, steps_then_save
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("padding")
 
 
-def padding_of(chunk: LlamaModel) -> list[torch.Tensor]:
+def padding_of(chunk: LanguageModel) -> list[torch.Tensor]:
     """This rank's padding rows of the embedding and the output layer."""
     weights = dict(chunk.named_parameters())
     return [weights[name].detach()[chunk.real_rows :] for name in VOCABULARY_WEIGHTS if name in weights]

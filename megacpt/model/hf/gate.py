@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.reference import Activations, reference_activations
 from megacpt.model.hf.source import Source
@@ -58,7 +58,7 @@ class Verdict:
 
 
 def check_import(
-    chunks: Sequence[LlamaModel], source: Source, architecture: Architecture, tokens: torch.Tensor
+    chunks: Sequence[LanguageModel], source: Source, architecture: Architecture, tokens: torch.Tensor
 ) -> Verdict:
     """Compare the model in `chunks`, all ranks together, with transformers on `tokens` (int64 [n, s], the same on all).
 
@@ -122,7 +122,7 @@ class _Comparison:
         self.ratios = torch.zeros(len(reference.states) + 1, dtype=torch.float64)
         self.seen: dict[int, int] = {}
 
-    def run(self, chunks: Sequence[LlamaModel], tokens: torch.Tensor, logits_tolerance: float) -> list[float]:
+    def run(self, chunks: Sequence[LanguageModel], tokens: torch.Tensor, logits_tolerance: float) -> list[float]:
         """Errors over tolerances by place, the worst of all ranks."""
         device = next(chunks[0].parameters()).device
         # The interleaved schedule wants a multiple of the stages.

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
-from megacpt.model.gpt import LlamaModel
+from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.families import FAMILIES
 from megacpt.model.hf.fill import Target, fill_target, fill_weights, targets
 from megacpt.model.hf.gate import _forward, check_import
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(origin: Origin, cut: Cut, dtype: torch.dtype = torch.float32) -> list[LlamaModel]:
+def build(origin: Origin, cut: Cut, dtype: torch.dtype = torch.float32) -> list[LanguageModel]:
     """The model at a layout, not filled."""
     tp, pp, vp, sp = cut
     parallel_state.destroy_model_parallel()
@@ -60,7 +60,7 @@ def build(origin: Origin, cut: Cut, dtype: torch.dtype = torch.float32) -> list[
     return build_chunks(origin.architecture, model, config, options)
 
 
-def logits_of(chunks: list[LlamaModel]) -> torch.Tensor | None:
+def logits_of(chunks: list[LanguageModel]) -> torch.Tensor | None:
     """This rank's columns of the logits, without padding; None before the last stage."""
     batches = [row[None] for row in TOKENS]
     with torch.no_grad():
