@@ -75,11 +75,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    make_folder(path.parent)
     with disk_errors(path):
-        try:
-            make_folder(path.parent)
-        except (FileExistsError, FileNotFoundError) as error:
-            raise UserError(f"{path}: its folder cannot be made ({error.strerror}); choose another place") from error
         try:
             with open(partial, mode, encoding=None if "b" in mode else "utf-8") as handle:
                 yield handle

@@ -194,5 +194,5 @@ def test_negative_token(tmp_path):
 
 def test_an_index_in_a_place_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="folder cannot be made"):
+    with pytest.raises(UserError, match="file: cannot be made"):
         write_index(tmp_path / "file" / "x", np.dtype(np.uint16), np.array([1]))

@@ -104,7 +104,7 @@ def test_bad_input_is_refused(tmp_path, models, name, content, words):
         ({"inputs": ["none*.jsonl"]}, ["no file matches"]),
         ({"model": "without_eod.model"}, ["without_eod.model", "--append-eod"]),
         ({"model": "nowhere.model"}, ["nowhere.model", "no such tokenizer file"]),
-        ({"prefix": "a.jsonl/out"}, ["a.jsonl/out_text_document.bin", "choose another place"]),
+        ({"prefix": "a.jsonl/out"}, ["a.jsonl: cannot be made", "choose another place"]),
         ({"options": ["--workers", "0"]}, ["--workers 0"]),
         ({"options": ["--json-keys", "text", "text"]}, ["give each key once"]),
         ({"options": ["--tokenizer-type", "HuggingFaceTokenizer"]}, ["not a Hugging Face tokenizer.json"]),

@@ -177,7 +177,7 @@ def train_here(tree: dict[str, Any]) -> None:
         job.log.close()
 
 
-@pytest.mark.parametrize("cut", [(1, 2)])
+@pytest.mark.parametrize("cut", [(1, 2), (3, 1)])
 def test_five_steps(cut: tuple[int, int], exported: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     write_dataset(tmp_path / "medquad", np.dtype(np.uint16), tokens.numpy().astype(np.uint16))
     tree = {
