@@ -191,21 +191,19 @@ def _check_init(plan: Plan) -> None:
 
 def _vocabulary(config: Config, prefixes: Sequence[str]) -> Vocabulary | None:
     """The tokenizer that made every dataset, from the configuration and the datasets' manifests, which must agree."""
-    found: dict[str, tuple[str, Vocabulary]] = {}
+    found: dict[str, Vocabulary] = {}
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer.type, config.tokenizer.model)
-        own = Vocabulary(tokenizer.vocab_size, tokenizer.sha256, tokenizer.type)
-        found["the configured tokenizer"] = (config.tokenizer.model, own)
+        found["the configured tokenizer"] = Vocabulary(tokenizer.vocab_size, tokenizer.sha256, tokenizer.type)
     for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is not None:
-            tokenizer_info = manifest.tokenizer
-            made_by = Vocabulary(tokenizer_info.vocab_size, tokenizer_info.sha256, tokenizer_info.type)
-            found.setdefault(prefix, (prefix, made_by))
+            made_by = manifest.tokenizer
+            found[prefix] = Vocabulary(made_by.vocab_size, made_by.sha256, made_by.type)
     if not found:
         return None
-    (first, (_, vocabulary)), *rest = found.items()
-    for where, (_, other) in rest:
+    (first, vocabulary), *rest = found.items()
+    for where, other in rest:
         if other != vocabulary:
             raise UserError(
                 f"{where}: made with another tokenizer (vocabulary {other.size:,}) than {first} (vocabulary "

@@ -40,15 +40,11 @@ def progress_at_start(plan: Plan) -> Progress:
         return Progress(0, tokens, {}, torch.zeros(2, len(names), dtype=torch.float64))
     state = plan.resume.state
     same_sources = list(state.mixture["sources"]) == names
-    interval = (
-        torch.tensor(state.interval["sums"], dtype=torch.float64)
-        if same_sources
-        else torch.zeros(2, len(names)).double()
-    )
+    sums = state.interval["sums"] if same_sources else [[0.0] * len(names)] * 2
     return Progress(
         iteration=state.iteration,
         tokens=torch.tensor([state.tokens_by_source.get(name, 0) for name in names]),
         former_tokens={name: count for name, count in state.tokens_by_source.items() if name not in names},
-        interval=interval,
+        interval=torch.tensor(sums, dtype=torch.float64),
         interval_steps=state.interval["steps"] if same_sources else 0,
     )
