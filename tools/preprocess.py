@@ -4,8 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megacpt.data.encode import Encoding
 from megacpt.data.manifest import Manifest
-from megacpt.data.preprocess import Encoding, Job, preprocess
+from megacpt.data.preprocess import Job, preprocess
 from megacpt.data.tokenizer import TOKENIZER_TYPES
 from megacpt.errors import UserError
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from megacpt import __version__
-from megacpt.data.documents import Block, Source, find_inputs, parse_block
+from megacpt.data.documents import Block, Source, find_inputs
+from megacpt.data.encode import EncodedBlock, Encoding, encode_block
 from megacpt.data.indexed import bin_path, token_dtype
 from megacpt.data.manifest import Manifest, TokenizerInfo
 from megacpt.data.outputs import Output, clear_the_way, finish
@@ -34,17 +33,6 @@ BLOCKS_PER_WORKER = 3
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How a row becomes tokens; what a worker process is told."""
-
-    keys: tuple[str, ...]
-    tokenizer_type: str
-    tokenizer_model: str
-    append_eod: bool
-    skip_invalid: bool
-
-
-@dataclass(frozen=True)
 class Job:
     """A whole run. `log_interval` is in documents; None reports every few seconds."""
 
@@ -54,17 +42,6 @@ class Job:
     workers: int = 1
     overwrite: bool = False
     log_interval: int | None = None
-
-
-@dataclass(frozen=True)
-class EncodedBlock:
-    """Tokens of a block: per key, the bytes for `.bin` and int32 [documents] lengths; and what it took."""
-
-    tokens: list[bytes]
-    lengths: list[np.ndarray]
-    skipped: Counter[str]
-    consumed: int
-    text: int
 
 
 def preprocess(job: Job) -> dict[str, Manifest]:
@@ -118,26 +95,6 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
             "declare eos_token in tokenizer_config.json beside it, or drop --append-eod"
         )
     return tokenizer
-
-
-def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
-    """Parse and encode one block.
-
-    Raises:
-        UserError: a bad row, unless they are to be skipped.
-    """
-    dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
-    skipped: Counter[str] = Counter()
-    rows = [texts for _, texts in parse_block(block, encoding.keys, skipped if encoding.skip_invalid else None)]
-    tokens, lengths = [], []
-    for column in range(len(encoding.keys)):
-        documents = tokenizer.encode_batch([texts[column] for texts in rows], add_special_tokens=True)
-        if encoding.append_eod:
-            eod = np.asarray([tokenizer.eod_id], dtype=np.int32)
-            documents = [np.concatenate([ids, eod]) if len(ids) else ids for ids in documents]
-        tokens.append(np.concatenate([np.empty(0, np.int32), *documents]).astype(dtype).tobytes())
-        lengths.append(np.fromiter(map(len, documents), dtype=np.int32, count=len(documents)))
-    return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)
 
 
 # A worker process opens the tokenizer once, at its first block.

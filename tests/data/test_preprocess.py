@@ -17,9 +17,10 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 
 from megacpt import __version__
 from megacpt.data import documents
+from megacpt.data.encode import Encoding
 from megacpt.data.indexed import IndexedDataset, bin_path, idx_path
 from megacpt.data.manifest import InputFile, TokenizerInfo, manifest_path, read_manifest
-from megacpt.data.preprocess import Encoding, Job, preprocess
+from megacpt.data.preprocess import Job, preprocess
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
