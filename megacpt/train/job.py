@@ -173,10 +173,12 @@ class Job:
     def _state(self) -> TrainState:
         progress, mixture, layout = self.progress, self.plan.mixture, self.plan.layout
         consumed = progress.iteration * mixture.global_batch_size
+        at = mixture.at(consumed)
         return TrainState(
             iteration=progress.iteration,
             consumed_samples=consumed,
-            samples_by_source=mixture.consumed(consumed),
+            samples_by_source=dict(at.consumed),
+            position_by_source=dict(at.position or {}),
             tokens_by_source=progress.former_tokens | dict(zip(self.sources, progress.tokens.tolist(), strict=True)),
             interval={"sums": progress.interval.tolist(), "steps": progress.interval_steps},
             mixture=mixture.fingerprint(),

@@ -52,7 +52,7 @@ def _batches(config: Config) -> Iterator[Batch]:
     """The samples of each step, as one batch."""
     plan = make_plan(config, config.model.tensor_model_parallel_size, on_gpu=False)
     size = plan.mixture.global_batch_size
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     return micro_batches(dataset, BatchLayout(size, size, 0, 1), range(plan.mixture.steps * size), 0, False)
 
 

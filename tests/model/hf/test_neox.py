@@ -112,7 +112,7 @@ def test_a_model_from_fresh_weights_is_exported(tmp_path: Path) -> None:
     run_ranks(steps_then_save, 1, config, 1)
     export_checkpoint(tmp_path / "run/checkpoints/iter_0000001", HFOutput(tmp_path / "out"), lambda count: None)
     plan = make_plan(config, 1, on_gpu=False)
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     batch = collate([dataset.sample(k) for k in range(8, 16)])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
