@@ -135,6 +135,8 @@ def _solve(
             sample += late
         if shifts and sample <= shifts[-1].sample:
             raise UserError(f"{where} begins at sample {sample:,}, not after the phase before it; put them in order")
+        if sample >= mixture.start.sample + mixture.samples:
+            notes.append(f"{where} begins at sample {sample:,}, after the end of the mixture: it never does")
         changed = phase.weights or shares(replace(recipe, replay=phase.replay), own, tokens)
         shifts.append(Shift(sample, {name: changed.get(name) or 0.0 for name in named}))
     course = Course(passes, tuple(shifts))
