@@ -6,7 +6,6 @@ Everything is worked out by the functions that training samples with; nothing is
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -66,7 +66,6 @@ def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
     tree = configuration(folder, run, model=layout, train={"train_iters": 5, "global_batch_size": 16})
     losses = run_ranks(train_here, 2, tree)[0]
     assert len(losses) == 5
-    assert losses[-1] < losses[0] - 0.05
     exported = folder / run / "hf" / "iter_0000005"
     before, after = tensors_of(folder / "model"), tensors_of(exported)
     assert before.keys() == after.keys()
