@@ -15,20 +15,6 @@ from megacpt.model.hf.config_json import architecture_from
 from megacpt.model.hf.families import family_of
 from megacpt.model.hf.weight_files import Pickles, Safetensors, TensorInfo, WeightFiles
 
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Small files that belong to a model besides its weights."""
-
 
 class Source:
     """An opened folder, checked: every tensor that the family's table asks for is there, and no other.
