@@ -1,7 +1,4 @@
-"""A Hugging Face model folder: its configuration, and its tensors checked against it and read slice by slice.
-
-A GGUF file is dequantised whole by transformers, which also undoes its permutation of query and key rows.
-"""
+"""A Hugging Face model folder: its configuration, and its tensors checked against it and read slice by slice."""
 
 import json
 from collections.abc import Mapping
