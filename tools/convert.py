@@ -68,6 +68,7 @@ def progress(total: int, what: str) -> Iterator[Report]:
             if not hidden:
                 bar.initial += count
                 bar.n += count
+                bar.last_print_n += count
                 bar.refresh()
 
         yield Report(bar.update, resumed)
