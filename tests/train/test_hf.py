@@ -99,6 +99,16 @@ def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
     assert json.loads(carried.read_text()) == {"base": "model"}
 
 
+def test_an_export_that_a_stopped_run_owes(folder: Path) -> None:
+    tree = configuration(folder, "owing", train={"train_iters": 2}, save={"dir": str(folder / "owing"), "hf_every": 2})
+    run_ranks(train_here, 1, tree)
+    exported = folder / "owing" / "hf" / "iter_0000002"
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    shutil.rmtree(exported)
+    run_ranks(train_here, 1, tree)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
