@@ -140,6 +140,11 @@ class Source:
         self.ended: int | None = None
         self._sha256 = ""
 
+    @property
+    def part_size(self) -> int:
+        """Bytes of the part on disk, about."""
+        return (self.size if self.end is None else self.end) - self.begin
+
     def record(self) -> InputFile:
         """Name, bytes and sha256 of the file, for a manifest; no sha256 where the part ends before the file does."""
         return InputFile(self.path.name, self.size, self._sha256)
@@ -190,13 +195,13 @@ class Source:
         taken = start.offset if start else 0
         at = 0
         for block in self._cut(raw, Place()):
+            if at >= self.begin and self.began is None:
+                self.began = block.offset
             if self.end is not None and at >= self.end:
                 self.ended = block.offset
                 return
-            if at >= self.begin:
-                self.began = block.offset if self.began is None else self.began
-                if block.offset >= taken:
-                    yield block
+            if at >= self.begin and block.offset >= taken:
+                yield block
             at += block.consumed
         self._sha256 = raw.hexdigest()
 

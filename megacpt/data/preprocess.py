@@ -177,7 +177,7 @@ def _announce(work: Work, sources: Sequence[Source]) -> None:
     if work.stale:
         print(f"{work.folder}: holds the work of another job or of other inputs; starting afresh", file=sys.stderr)
     if work.found:
-        share_done = min(1.0, work.position.consumed / max(1, sum(source.size for source in sources)))
+        share_done = min(1.0, work.position.consumed / max(1, sum(source.part_size for source in sources)))
         files = f"{work.position.inputs:,} of {len(sources):,} input files, {share_done:.1%} of their bytes"
         print(f"going on after {work.found:,} documents that are done ({files})", file=sys.stderr)
 

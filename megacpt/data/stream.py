@@ -55,7 +55,7 @@ def stream(
             work.end_input(first_input + work.position.inputs, source)
         return None
 
-    progress = Progress(sum(source.size for source in sources), reporting.log_interval, _totals(work))
+    progress = Progress(sum(source.part_size for source in sources), reporting.log_interval, _totals(work))
     with closing(progress), closing(encode(blocks())) as encoded:
         for result in encoded:
             found = next_block()
