@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from megacpt.data.encode import Encoding
+from megacpt.data.fast_tokenizer import ENGINES
 from megacpt.data.manifest import Manifest
 from megacpt.data.preprocess import Job, preprocess
 from megacpt.data.tokenizer import TOKENIZER_TYPES
@@ -31,6 +32,7 @@ def parse(arguments: Sequence[str] | None = None) -> Job:
         metavar="PATH",
         help="tokenizer.json (or its folder), or SentencePiece .model",
     )
+    add("--tokenizer-engine", default="auto", choices=ENGINES, help="fast where it equals the reference, else that")
     add("--append-eod", action="store_true", help="end every document that has tokens with the end-of-document token")
     add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on it")
     add(
@@ -50,6 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> Job:
             tokenizer_model=options.tokenizer_model,
             append_eod=options.append_eod,
             skip_invalid=options.skip_invalid,
+            engine=options.tokenizer_engine,
         ),
         workers=options.workers,
         overwrite=options.overwrite,

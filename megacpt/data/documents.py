@@ -212,6 +212,15 @@ def parse_block(
             skipped[bad.kind] += 1
 
 
+def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = None) -> list[list[str]]:
+    """The texts of `parse_block`, key by key: [keys][rows]."""
+    columns: list[list[str]] = [[] for _ in keys]
+    for _, texts in parse_block(block, keys, skipped):
+        for column, text in zip(columns, texts, strict=True):
+            column.append(text)
+    return columns
+
+
 def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:
     if block.columns is None:
         yield from block.lines.split(b"\n")

@@ -13,18 +13,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from megacpt import __version__
 from megacpt.data.documents import Block, Source, find_inputs
 from megacpt.data.encode import EncodedBlock, Encoding, encode_block
+from megacpt.data.fast_tokenizer import chosen_engine, open_tokenizer
 from megacpt.data.indexed import bin_path, token_dtype
 from megacpt.data.manifest import Manifest, TokenizerInfo
 from megacpt.data.outputs import Output, clear_the_way, finish
 from megacpt.data.progress import Progress, Totals
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import UserError
 from megacpt.files import atomic_write
 
@@ -88,7 +89,7 @@ def _check(job: Job) -> None:
 
 
 def _open_tokenizer(encoding: Encoding) -> Tokenizer:
-    tokenizer = load_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
+    tokenizer = open_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)
     if encoding.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"{encoding.tokenizer_model}: this tokenizer names no end-of-document token, which --append-eod needs; "
@@ -98,11 +99,11 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
 
 
 # A worker process opens the tokenizer once, at its first block.
-_loaded = cache(load_tokenizer)
+_loaded = cache(open_tokenizer)
 
 
 def _encode_in_worker(block: Block, encoding: Encoding) -> EncodedBlock:
-    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model))
+    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine))
 
 
 def _encoded(blocks: Iterable[Block], job: Job, tokenizer: Tokenizer) -> Iterator[EncodedBlock]:
@@ -113,12 +114,14 @@ def _encoded(blocks: Iterable[Block], job: Job, tokenizer: Tokenizer) -> Iterato
         return
     import multiprocessing
 
+    # Every process encodes with the engine that was found here, or stops.
+    encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
     pending: deque[Any] = deque()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(job.workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             for block in blocks:
-                pending.append(pool.submit(_encode_in_worker, block, job.encoding))
+                pending.append(pool.submit(_encode_in_worker, block, encoding))
                 if len(pending) >= BLOCKS_PER_WORKER * job.workers:
                     yield pending.popleft().result()
             while pending:
