@@ -9,6 +9,7 @@ import mmap
 import sys
 import unicodedata
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,6 @@ class FastTokenizer:
     def __init__(self, reference: HuggingFaceTokenizer | SentencePieceTokenizer, may_fall_back: bool) -> None:
         self.type, self.sha256 = reference.type, reference.sha256
         self.vocab_size, self.eod_id = reference.vocab_size, reference.eod_id
-        self.engine = f"gigatoken {_version()}"
         self._reference = reference
         self._may_fall_back = may_fall_back
         self._fallen = False
@@ -100,6 +100,7 @@ class FastTokenizer:
         self._characters = Characters()
         self._definition = _definition(reference)
         self._build()
+        self.engine = f"gigatoken {version('gigatoken')}"
         texts = [*SAMPLES, *reference.special_tokens, *self._definition.samples]
         self._frame = self._framing()
         difference = self._difference(texts, False) or self._difference(SAMPLES, True)
@@ -110,7 +111,7 @@ class FastTokenizer:
         return self.encode_flat([text], add_special_tokens)[0]
 
     def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        if self._unproven > 0:
+        if self._unproven > 0 and not self._fallen:
             self._prove(texts, add_special_tokens)
         if self._fallen:
             return self._reference.encode_flat(texts, add_special_tokens)
@@ -220,22 +221,15 @@ def _definition(reference: HuggingFaceTokenizer | SentencePieceTokenizer) -> Def
 
 
 def _gigatoken(definition: Definition) -> Any:
-    from gigatoken.gigatoken_rs import load_hf_json
-
+    try:
+        from gigatoken.gigatoken_rs import load_hf_json
+    except ImportError as error:
+        raise Unsuited("it is not installed (pip install gigatoken)") from error
     try:
         return load_hf_json(definition.content)
     except Exception as error:
         # The library raises RuntimeError, and pyo3's own panic type, for what it cannot build.
         raise Unsuited(str(error).splitlines()[0]) from error
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("gigatoken")
-    except PackageNotFoundError as error:
-        raise Unsuited("it is not installed (pip install gigatoken)") from error
 
 
 def _resident_bytes() -> int:

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_other_text_is_encoded_as_the_library_does(tmp_path, make):
     texts = [*CORPUS[:20], "", " ", "a  b", "é\u00a0\n\n"]
     ids, lengths = tokenizer.encode_flat(texts)
     expected = [encoding.ids for encoding in library.encode_batch(texts)]
-    assert (ids.tolist(), lengths.tolist()) == (sum(expected, []), list(map(len, expected)))
+    assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
     assert (ids.dtype, lengths.dtype) == (np.int32, np.int32)
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert tokenizer.vocab_size == max(library.get_vocab(with_added_tokens=True).values()) + 1
@@ -178,7 +179,7 @@ def test_sentencepiece(tmp_path):
     texts = [*CORPUS[:10], "", "  "]
     expected = [library.encode(text) for text in texts]
     ids, lengths = tokenizer.encode_flat(texts)
-    assert (ids.tolist(), lengths.tolist()) == (sum(expected, []), list(map(len, expected)))
+    assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (library.get_piece_size(), 2)
     assert not {1, 2} & set(tokenizer.encode(LITERAL).tolist())
