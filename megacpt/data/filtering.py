@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megacpt.data.documents import Block, Source, parse_block
+from megacpt.data.documents import Block, Source
 from megacpt.data.manifest import Filters
+from megacpt.data.rows import parse_block
 
 DEDUP = ("none", "exact")
 DIGEST_BYTES = 16

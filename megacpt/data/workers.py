@@ -11,7 +11,8 @@ from functools import cache
 
 from megacpt.data.documents import BLOCK_BYTES, Block
 from megacpt.data.encode import EncodedBlock, Encoding, encode_block
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.fast_tokenizer import open_tokenizer
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import UserError
 
 BLOCKS_PER_WORKER = 3
@@ -61,11 +62,11 @@ def encode_in_processes(encoding: Encoding, workers: int) -> Encode:
 
 
 # A worker process opens the tokenizer once.
-_loaded = cache(load_tokenizer)
+_loaded = cache(open_tokenizer)
 
 
 def _encode(block: Block, encoding: Encoding) -> EncodedBlock:
-    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model))
+    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine))
 
 
 def _start_worker(encoding: Encoding) -> None:
@@ -84,4 +85,4 @@ def _start_worker(encoding: Encoding) -> None:
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
     with suppress(UserError):
-        _loaded(encoding.tokenizer_type, encoding.tokenizer_model)
+        _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)

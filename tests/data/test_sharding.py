@@ -13,13 +13,14 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
 from megacpt.data import documents
-from megacpt.data.documents import Source, parse_block
+from megacpt.data.documents import Source
 from megacpt.data.encode import Encoding
 from megacpt.data.indexed import bin_path, idx_path
 from megacpt.data.manifest import manifest_path, read_manifest
 from megacpt.data.merge import merge
 from megacpt.data.outputs import digests_path
 from megacpt.data.preprocess import Job, preprocess
+from megacpt.data.rows import parse_block
 from megacpt.data.shards import Shard, cuts, parse_shard, share
 from megacpt.data.workers import encode_here
 from megacpt.errors import UserError

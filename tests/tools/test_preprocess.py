@@ -44,6 +44,7 @@ def models(tmp_path_factory) -> Path:
 def command(folder, models, *inputs, prefix="out", model="with_eod.model", options=()):
     paths = [str(path) for path in inputs]
     line = [sys.executable, str(TOOL), "--input", *paths, "--output-prefix", str(folder / prefix), "--append-eod"]
+    line += ["--tokenizer-engine", "reference"]  # its tiny unigram has no fast engine
     kind = "SentencePieceTokenizer"
     return [*line, "--tokenizer-type", kind, "--tokenizer-model", str(models / model), *options]
 
