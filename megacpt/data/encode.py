@@ -49,13 +49,14 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     for texts in texts_of(block, encoding.keys, skipped if encoding.skip_invalid else None):
         ids, sizes = tokenizer.encode_flat(texts, add_special_tokens=True)
         if encoding.append_eod:
+            assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
             ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
         tokens.append(ids.astype(dtype).tobytes())
         lengths.append(sizes)
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)
 
 
-def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
     """End every document that has tokens with `eod`; shapes as `Tokenizer.encode_flat`."""
     filled = lengths > 0
     return np.insert(ids, np.cumsum(lengths, dtype=np.int64)[filled], eod), lengths + filled.astype(np.int32)
