@@ -32,6 +32,7 @@ class Block:
         consumed: bytes of the file that were read to make this block.
         rows: how many, blank lines included.
         offset: where the first row begins: bytes after decompression; for Parquet, rows.
+        plain: the file in which `lines` lie at `offset` as they are; empty if it is packed.
     """
 
     file: str
@@ -41,6 +42,7 @@ class Block:
     columns: dict[str, list[Any]] | None = None
     rows: int = 0
     offset: int = 0
+    plain: str = ""
 
     @property
     def end(self) -> "Place":
@@ -198,6 +200,7 @@ class Source:
         """Blocks of whole lines."""
         counted_from = self.began or 0
         name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
+        plain = "" if self.path.suffix in PACKED else str(self.path)
         line, offset, accounted = place.row, place.offset, raw.position
         held: list[bytes] = []
         held_bytes = 0
@@ -209,7 +212,7 @@ class Source:
                     continue
                 lines, _, rest = b"".join(held).rpartition(b"\n")
                 rows = lines.count(b"\n") + 1
-                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
                 line, offset, accounted = line + rows, offset + len(lines) + 1, raw.position
                 held, held_bytes = [rest], len(rest)
         except Damaged as error:
@@ -219,7 +222,7 @@ class Source:
         if rest:
             rows = rest.count(b"\n") + (not rest.endswith(b"\n"))
             lines = rest.removesuffix(b"\n")
-            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
 
     def _parquet_blocks(self, keys: Sequence[str], start: Place | None) -> Iterator[Block]:
         import pyarrow

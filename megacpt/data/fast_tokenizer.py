@@ -129,12 +129,10 @@ class FastTokenizer:
         self._resident = _resident_bytes()
 
     def _encode(self, texts: Sequence[str], framed: bool) -> tuple[np.ndarray, np.ndarray]:
-        inputs: list[str | bytes] = list(texts)
-        wide = [i for i, text in enumerate(texts) if not text.isascii()]
-        for i in wide:
-            inputs[i] = texts[i].encode("utf-8")
-        ids = list(map(self._engine.encode, inputs))
-        again = [wide[i] for i in self._characters.doubtful([inputs[i] for i in wide])]
+        encode = self._engine.encode
+        wide = {i: text.encode("utf-8") for i, text in enumerate(texts) if not text.isascii()}
+        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
+        again = [list(wide)[i] for i in self._characters.doubtful(list(wide.values()))]
         flat, lengths = _joined(ids)
         if len(flat) and flat.max() >= self.vocab_size:
             again += [i for i, own in enumerate(ids) if len(own) and own.max() >= self.vocab_size]
@@ -142,7 +140,8 @@ class FastTokenizer:
             ids[i] = self._reference.encode(texts[i]).view(np.uint32)
         before, after = self._frame
         if framed and len(before) + len(after):
-            return _joined([np.concatenate([before, own, after]) for own in ids])
+            flat, _ = _joined([part for own in ids for part in (before, own, after)])
+            return flat, np.fromiter(map(len, ids), np.int32, len(ids)) + np.int32(len(before) + len(after))
         return _joined(ids) if again else (flat, lengths)
 
     def _framing(self) -> tuple[np.ndarray, np.ndarray]:

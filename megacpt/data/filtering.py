@@ -7,13 +7,14 @@ In this order: bad rows (skipped on request), texts that are too short, texts th
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from megacpt.data.documents import Block, Source
 from megacpt.data.manifest import Filters
-from megacpt.data.rows import parse_block
+from megacpt.data.rows import parse_block, texts_of
 
 DEDUP = ("none", "exact")
 DIGEST_BYTES = 16
@@ -42,6 +43,16 @@ def kept_rows(
             counts[TOO_SHORT] += 1
         else:
             yield where, texts
+
+
+def kept_columns(block: Block, keys: Sequence[str], filters: Filters, counts: Counter[str]) -> list[list[str]]:
+    """The texts of `kept_rows`, key by key: [keys][rows]; faster."""
+    columns = texts_of(block, keys, counts if filters.skip_invalid else None)
+    keep = [len(text) >= filters.min_chars for text in columns[0]] if filters.min_chars else [True]
+    if all(keep):
+        return columns
+    counts[TOO_SHORT] += keep.count(False)
+    return [list(compress(texts, keep)) for texts in columns]
 
 
 def digests_of(texts: Sequence[str]) -> np.ndarray:

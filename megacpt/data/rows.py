@@ -34,15 +34,45 @@ def parse_block(
         UserError: a bad row, named by file and line.
     """
     for number, row in enumerate(_raw_rows(block), block.first):
-        if isinstance(row, bytes) and not row.strip():
-            continue
-        try:
-            yield f"{block.file}:{number}", _texts(row, keys)
-        except BadRow as bad:
-            if skipped is None:
-                where = f"{block.file}:{number}"
-                raise UserError(f"{where}: {bad.reason}; correct the row or pass --skip-invalid") from bad
-            skipped[bad.kind] += 1
+        texts = _row(f"{block.file}:{number}", row, keys, skipped)
+        if texts is not None:
+            yield f"{block.file}:{number}", texts
+
+
+def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = None) -> list[list[str]]:
+    """The texts of `parse_block`, key by key: [keys][rows]; faster, by a short way for the usual row."""
+    import orjson
+
+    columns: list[list[str]] = [[] for _ in keys]
+    for number, row in enumerate(_raw_rows(block), block.first):
+        texts: list[str] | None = None
+        if isinstance(row, bytes):
+            try:
+                values = orjson.loads(row)
+                texts = [values[key] for key in keys]
+            except (ValueError, LookupError, TypeError):
+                texts = None
+        if texts is None or set(map(type, texts)) != {str}:
+            texts = _row(f"{block.file}:{number}", row, keys, skipped)
+        if texts is not None:
+            for column, text in zip(columns, texts, strict=True):
+                column.append(text)
+    return columns
+
+
+def _row(
+    where: str, row: bytes | dict[str, Any], keys: Sequence[str], skipped: Counter[str] | None
+) -> list[str] | None:
+    """A row's texts, or None where it holds none."""
+    if isinstance(row, bytes) and not row.strip():
+        return None
+    try:
+        return _texts(row, keys)
+    except BadRow as bad:
+        if skipped is None:
+            raise UserError(f"{where}: {bad.reason}; correct the row or pass --skip-invalid") from bad
+        skipped[bad.kind] += 1
+        return None
 
 
 def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 
 from megacpt.data.documents import BLOCK_BYTES, Block
@@ -39,7 +40,7 @@ def encode_in_processes(encoding: Encoding, workers: int) -> Encode:
         waiting = 0
         try:
             for block in blocks:
-                pending.append((pool.submit(_encode, block, encoding), block.size))
+                pending.append((pool.submit(_encode, *_by_reference(block), encoding), block.size))
                 waiting += block.size
                 # Blocks are of about BLOCK_BYTES unless a single row is larger.
                 while (
@@ -65,7 +66,16 @@ def encode_in_processes(encoding: Encoding, workers: int) -> Encode:
 _loaded = cache(open_tokenizer)
 
 
-def _encode(block: Block, encoding: Encoding) -> EncodedBlock:
+def _by_reference(block: Block) -> tuple[Block, int]:
+    """A block to send to another process of this machine: without its lines, if these lie in a file, and their size."""
+    return (replace(block, lines=b""), len(block.lines)) if block.plain else (block, 0)
+
+
+def _encode(block: Block, unread: int, encoding: Encoding) -> EncodedBlock:
+    if unread:
+        with open(block.plain, "rb") as handle:
+            handle.seek(block.offset)
+            block = replace(block, lines=handle.read(unread))
     return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine))
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.data import filtering
-from megacpt.data.filtering import DigestSet, digests_of, iter_documents
+from megacpt.data.documents import Source
+from megacpt.data.filtering import DigestSet, digests_of, iter_documents, kept_columns
 from megacpt.data.manifest import Filters
 from megacpt.errors import UserError
 
@@ -59,6 +60,10 @@ def test_documents_are_filtered_in_order(tmp_path):
     ]
     assert counts == {"missing_key": 1, "too_short": 1, "duplicates": 2}
     assert [texts[1] for _, texts in iter_documents(paths, ["q", "a"], Filters(True))] == list("123456")
+    (block,) = Source(paths[0]).blocks(["q", "a"])
+    counts.clear()
+    assert kept_columns(block, ["q", "a"], Filters(True, 2), counts) == [["same", "ab"], ["1", "3"]]
+    assert counts == {"missing_key": 1, "too_short": 1}
     with pytest.raises(UserError, match=r"a\.jsonl:2: has no key 'a'"):
         list(iter_documents(paths, ["q", "a"], Filters()))
 
