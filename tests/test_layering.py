@@ -26,6 +26,7 @@ OPTIONAL = {
     "accelerate",
     "apex",
     "flash_attn",
+    "gigatoken",
     "gguf",
     "lm_eval",
     "pyhpo",

@@ -1,19 +1,16 @@
-"""Rows of text from JSON Lines (plain, gzip, zstd) and Parquet files, in a fixed order and bounded memory.
+"""JSON Lines (plain, gzip, zstd) and Parquet files cut into blocks of whole rows, in a fixed order and bounded memory.
 
-A file is cut into blocks of whole rows by `Source.blocks` (cheap, sequential) and a block is parsed by `parse_block`
-(the expensive part, which may run in another process). A row is named `FILE:LINE`, both as the user knows them;
-for Parquet the line is the row's number, from 1. Lines of white space alone hold no row and are passed over.
+That is cheap and sequential; a block is parsed by `rows.parse_block`, which may run in another process.
 """
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megacpt.data.compression import Damaged, HashingFile, chunks_of
+from megacpt.data.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
 from megacpt.data.manifest import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
@@ -21,6 +18,7 @@ from megacpt.files import sha256_of
 BLOCK_BYTES = 1 << 19
 PARQUET_ROWS = 128
 IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
+PACKED = (".gz", ".zst")
 READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
 
 
@@ -29,8 +27,12 @@ class Block:
     """Consecutive rows of one file, not yet parsed: lines of JSON, or columns of values.
 
     Attributes:
+        file: as rows are named: the path, or the path and the byte from which rows are counted.
         first: number of the first row, from 1.
         consumed: bytes of the file that were read to make this block.
+        rows: how many, blank lines included.
+        offset: where the first row begins: bytes after decompression; for Parquet, rows.
+        plain: the file in which `lines` lie at `offset` as they are; empty if it is packed.
     """
 
     file: str
@@ -39,6 +41,14 @@ class Block:
     lines: bytes = b""
     columns: dict[str, list[Any]] | None = None
     rows: int = 0
+    offset: int = 0
+    plain: str = ""
+
+    @property
+    def end(self) -> "Place":
+        """Where the row after this block begins."""
+        size = self.rows if self.columns is not None else len(self.lines) + 1
+        return Place(self.first + self.rows, self.offset + size)
 
     @property
     def size(self) -> int:
@@ -48,12 +58,12 @@ class Block:
         return sum(len(value) for column in self.columns.values() for value in column if isinstance(value, str))
 
 
-class BadRow(Exception):
-    """One row that cannot be used: `kind` is a counter's name, `reason` the words for a user."""
+@dataclass(frozen=True)
+class Place:
+    """Where a row begins: its number, from 1, and its offset as in `Block`."""
 
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+    row: int = 1
+    offset: int = 0
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -101,76 +111,172 @@ def _is_manifest(path: Path) -> bool:
 
 
 class Source:
-    """One input file. Read `blocks` to the end, then ask `record` what was read.
+    """One input file, or a part of it. Read `blocks` to the end, then ask `record` what was read.
+
+    Args:
+        begin, end: the part: rows that begin in these bytes of the file as it lies on disk (for a packed file, rows of
+            blocks that do; for Parquet, the same share of its rows). Parts that adjoin share no row and lack none.
+
+    Attributes:
+        began, ended: offsets of the part's first row and of the one after its last, once known; None at the file's end.
 
     Raises (while reading):
-        UserError: the file cannot be read, is truncated or damaged.
+        UserError: the file cannot be read, is truncated or damaged, or changes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.size = path.stat().st_size
-        except OSError as error:
-            raise self._unreadable(error) from error
-        self._sha256: str | None = None
+    def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+        self.path, self.begin, self.end = path, begin, end
+        self.size, self.mtime_ns = self._stat()
+        self.began: int | None = None if begin else 0
+        self.ended: int | None = None
+        self._sha256 = ""
+
+    @property
+    def part_size(self) -> int:
+        """Bytes of the part on disk, about."""
+        return (self.size if self.end is None else self.end) - self.begin
 
     def record(self) -> InputFile:
-        """Name, bytes and sha256 of the file, for a manifest."""
-        assert self._sha256 is not None, "blocks() must be exhausted first"
+        """Name, bytes and sha256 of the file, for a manifest; no sha256 where the part ends before the file does."""
         return InputFile(self.path.name, self.size, self._sha256)
 
-    def blocks(self, keys: Sequence[str]) -> Iterator[Block]:
-        """The file's rows in order, about half a megabyte of text at a time."""
+    def blocks(self, keys: Sequence[str], start: Place | None = None) -> Iterator[Block]:
+        """The part's rows in order, about half a megabyte of text at a time; from `start`, the end of some block."""
+        parquet = self.path.suffix == ".parquet"
         try:
-            yield from self._parquet_blocks(keys) if self.path.suffix == ".parquet" else self._line_blocks()
+            yield from self._parquet_blocks(keys, start) if parquet else self._line_blocks(start)
+            if self._stat() != (self.size, self.mtime_ns):
+                raise UserError(f"{self.path}: was changed while it was read; run again once nothing writes to it")
+            if self.ended is None and not self._sha256:
+                self._sha256 = sha256_of(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return found.st_size, found.st_mtime_ns
 
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: cannot be read ({error.strerror or error})")
 
-    def _line_blocks(self) -> Iterator[Block]:
-        line, held, held_bytes, accounted = 1, [], 0, 0
-        with open(self.path, "rb") as handle:
-            raw = HashingFile(handle)
-            try:
-                for chunk in chunks_of(self.path, raw):
-                    held.append(chunk)
-                    held_bytes += len(chunk)
-                    if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
-                        continue
-                    lines, _, rest = b"".join(held).rpartition(b"\n")
-                    yield Block(str(self.path), line, raw.position - accounted, lines)
-                    line, accounted = line + lines.count(b"\n") + 1, raw.position
-                    held, held_bytes = [rest], len(rest)
-            except Damaged as error:
-                place = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
-                raise UserError(f"{self.path}: {error} {place}; fetch or write the file again") from error
-            rest = b"".join(held)
-            if rest:
-                yield Block(str(self.path), line, raw.position - accounted, rest.removesuffix(b"\n"))
-            self._sha256 = raw.hexdigest()
+    def _set_edges(self, first: int, stop: int, end: int) -> None:
+        self.began = first if first < end or not self.begin else None
+        self.ended = stop if stop < end else None
 
-    def _parquet_blocks(self, keys: Sequence[str]) -> Iterator[Block]:
+    def _line_blocks(self, start: Place | None) -> Iterator[Block]:
+        with open(self.path, "rb") as handle:
+            if self.path.suffix in PACKED:
+                yield from self._packed_blocks(handle, start)
+                return
+            first = _row_start(handle, self.begin)
+            stop = self.size if self.end is None else _row_start(handle, self.end)
+            self._set_edges(first, stop, self.size)
+            place = start or Place(1, first)
+            raw = HashingFile(handle, place.offset, stop)
+            yield from self._cut(raw, place)
+            if place.offset == 0 and self.ended is None:
+                self._sha256 = raw.hexdigest()
+
+    def _packed_blocks(self, handle: IO[bytes], start: Place | None) -> Iterator[Block]:
+        """Read from the beginning, whatever the part: that is how these formats are."""
+        raw = HashingFile(handle)
+        taken = start.offset if start else 0
+        at = 0
+        for block in self._cut(raw, Place()):
+            if at >= self.begin and self.began is None:
+                self.began = block.offset
+            if self.end is not None and at >= self.end:
+                self.ended = block.offset
+                return
+            if at >= self.begin and block.offset >= taken:
+                yield block
+            at += block.consumed
+        self._sha256 = raw.hexdigest()
+
+    def _cut(self, raw: HashingFile, place: Place) -> Iterator[Block]:
+        """Blocks of whole lines."""
+        counted_from = self.began or 0
+        name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
+        plain = "" if self.path.suffix in PACKED else str(self.path)
+        line, offset, accounted = place.row, place.offset, raw.position
+        held: list[bytes] = []
+        held_bytes = 0
+        try:
+            for chunk in chunks_of(self.path, raw):
+                held.append(chunk)
+                held_bytes += len(chunk)
+                if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
+                    continue
+                lines, _, rest = b"".join(held).rpartition(b"\n")
+                rows = lines.count(b"\n") + 1
+                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
+                line, offset, accounted = line + rows, offset + len(lines) + 1, raw.position
+                held, held_bytes = [rest], len(rest)
+        except Damaged as error:
+            after = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
+            raise UserError(f"{self.path}: {error} {after}; fetch or write the file again") from error
+        rest = b"".join(held)
+        if rest:
+            rows = rest.count(b"\n") + (not rest.endswith(b"\n"))
+            lines = rest.removesuffix(b"\n")
+            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
+
+    def _parquet_blocks(self, keys: Sequence[str], start: Place | None) -> Iterator[Block]:
         import pyarrow
         import pyarrow.parquet
 
-        row = 1
+        row = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path) as table:
                 present = [key for key in keys if key in table.schema_arrow.names]
-                total = max(1, table.metadata.num_rows)
-                for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=present):
-                    rows = batch.num_rows
-                    columns = {key: _values(batch.column(key)) for key in present}
-                    yield Block(str(self.path), row, self.size * rows // total, columns=columns, rows=rows)
-                    row += rows
+                total = table.metadata.num_rows
+                first = -(-self.begin * total // self.size)
+                stop = total if self.end is None else -(-self.end * total // self.size)
+                self._set_edges(first, stop, total)
+                first = start.offset if start else first
+                groups, row = _row_groups(table.metadata, first, stop)
+                for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=present):
+                    head, tail = max(0, first - row), min(batch.num_rows, stop - row)
+                    at, rows, row = row + head, tail - head, row + batch.num_rows
+                    if rows <= 0:
+                        continue
+                    columns = {key: _values(batch.column(key).slice(head, rows)) for key in present}
+                    consumed = self.size * rows // total
+                    yield Block(str(self.path), at + 1, consumed, columns=columns, rows=rows, offset=at)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            place = _after("row", row - 1)
+            place = _after("row", row)
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
-        self._sha256 = sha256_of(self.path)
+
+
+def _row_start(handle: IO[bytes], position: int) -> int:
+    """Where the first line that begins at `position` or later begins; the file's size if none does."""
+    if position == 0:
+        return 0
+    handle.seek(position - 1)
+    while True:
+        chunk = handle.read(CHUNK_BYTES)
+        end = chunk.find(b"\n")
+        if end >= 0:
+            return handle.tell() - len(chunk) + end + 1
+        if not chunk:
+            return handle.tell()
+
+
+def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:
+    """The row groups of a Parquet file that hold rows [first, stop), and the row at which the first of them begins."""
+    groups: list[int] = []
+    row = begins = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < stop and row + rows > first:
+            begins = begins if groups else row
+            groups.append(group)
+        row += rows
+    return groups, begins
 
 
 def _after(unit: str, last: int) -> str:
@@ -186,98 +292,3 @@ def _values(column: Any) -> list[Any]:
 
         binary = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in binary.to_pylist()]
-
-
-def parse_block(
-    block: Block, keys: Sequence[str], skipped: Counter[str] | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """Rows of a block as (where, [text of each key]); a row is used whole or not at all.
-
-    Args:
-        skipped: None makes a bad row an error; a counter counts bad rows by kind (invalid_json, invalid_utf8,
-            missing_key, not_a_string) and passes over them.
-
-    Raises:
-        UserError: a bad row, named by file and line.
-    """
-    for number, row in enumerate(_raw_rows(block), block.first):
-        if isinstance(row, bytes) and not row.strip():
-            continue
-        try:
-            yield f"{block.file}:{number}", _texts(row, keys)
-        except BadRow as bad:
-            if skipped is None:
-                where = f"{block.file}:{number}"
-                raise UserError(f"{where}: {bad.reason}; correct the row or pass --skip-invalid") from bad
-            skipped[bad.kind] += 1
-
-
-def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:
-    if block.columns is None:
-        yield from block.lines.split(b"\n")
-        return
-    for index in range(block.rows):
-        yield {key: column[index] for key, column in block.columns.items()}
-
-
-def _texts(row: bytes | dict[str, Any], keys: Sequence[str]) -> list[str]:
-    values, valid = (row, False) if isinstance(row, dict) else _parse_line(row)
-    texts = []
-    for key in keys:
-        if key not in values:
-            known = ", ".join(sorted(map(str, values))[:8]) or "no key at all"
-            raise BadRow("missing_key", f"has no key {key!r} (it has {known})")
-        value = values[key]
-        if not isinstance(value, str):
-            raise BadRow("not_a_string", f"the value of {key!r} is not a string but {type(value).__name__}")
-        if not valid:
-            _check_unicode(key, value)
-        texts.append(value)
-    return texts
-
-
-def _parse_line(line: bytes) -> tuple[dict[str, Any], bool]:
-    """The JSON object on a line, and whether its strings are known to be valid Unicode.
-
-    orjson is several times faster and stricter than json, which decides what a valid line is: it takes NaN, and
-    lone surrogates (refused later, where they would reach a tokenizer).
-    """
-    import orjson
-
-    try:
-        row, valid = orjson.loads(line), True
-    except orjson.JSONDecodeError:
-        row, valid = _parse_leniently(line), False
-    if not isinstance(row, dict):
-        raise BadRow("invalid_json", f"is not a JSON object but {type(row).__name__}; each line must be one object")
-    return row, valid
-
-
-def _parse_leniently(line: bytes) -> Any:
-    import json
-
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow("invalid_utf8", f"invalid UTF-8 at byte {error.start + 1:,} of the line") from error
-    except json.JSONDecodeError as error:
-        reason = f"invalid JSON ({error.msg} at column {error.colno:,}); each line must be one JSON object"
-        raise BadRow("invalid_json", reason) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow("invalid_json", f"invalid JSON ({error}); each line must be one JSON object") from error
-
-
-def _check_unicode(key: str, value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        reason = f"invalid UTF-8: the value of {key!r} has no Unicode character at position {error.start + 1:,}"
-        raise BadRow("invalid_utf8", reason) from error
-
-
-def read_documents(paths: Sequence[Path], key: str, skipped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Every row's (where, text) in order; `skipped` as in `parse_block`."""
-    for path in paths:
-        for block in Source(path).blocks([key]):
-            for where, (text,) in parse_block(block, [key], skipped):
-                yield where, text

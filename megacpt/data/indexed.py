@@ -9,8 +9,9 @@ import hashlib
 import os
 import struct
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -33,8 +34,12 @@ DTYPES: dict[int, type[np.generic]] = {
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 BLOCK = 1 << 20
 """Entries of an index that are looked at together: memory does not grow with the corpus."""
+MOST_TOKENS = (1 << 31) - 1
+"""Documents of a dataset with at most so many tokens have lengths that fit into int32."""
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this are stored as uint16, others as int32 (Megatron's rule)."""
+AT_ONCE = 1 << 20
+"""Sequences whose index entries are made at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -56,20 +61,57 @@ def write_index(prefix: str | Path, dtype: np.dtype, lengths: np.ndarray, docume
     """Write `PREFIX.idx` atomically for sequences stored back to back in `PREFIX.bin`.
 
     Args:
-        lengths: int32 [S], tokens per sequence.
+        lengths: int32 [S], tokens per sequence; may be a memory map.
         documents: int64 [D + 1], sequence at which each document starts, then S; by default one sequence a document.
     """
-    lengths = np.ascontiguousarray(lengths, dtype="<i4")
-    pointers = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= dtype.itemsize
     if documents is None:
         documents = np.arange(len(lengths) + 1)
-    documents = np.ascontiguousarray(documents, dtype="<i8")
     with atomic_write(idx_path(prefix)) as handle:
-        handle.write(HEADER.pack(MAGIC, VERSION, CODES[np.dtype(dtype)], len(lengths), len(documents)))
-        for array in (lengths, pointers, documents):
-            handle.write(array.data if len(array) else b"")
+        write_header(handle, dtype, len(lengths), len(documents))
+        for part in parts(lengths):
+            handle.write(part.astype("<i4").tobytes())
+        write_pointers(handle, dtype, parts(lengths))
+        for part in parts(documents):
+            handle.write(part.astype("<i8").tobytes())
+
+
+def write_document_index(prefix: str | Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Write `PREFIX.idx` atomically for documents of `lengths` [D] tokens: one sequence each, none where that is 0.
+
+    A memory map will do: nothing of its size is made in memory.
+    """
+    sequences = sum(int(np.count_nonzero(part)) for part in parts(lengths))
+    with atomic_write(idx_path(prefix)) as handle:
+        write_header(handle, dtype, sequences, len(lengths) + 1)
+        for part in parts(lengths):
+            handle.write(part[part > 0].astype("<i4").tobytes())
+        write_pointers(handle, dtype, (part[part > 0] for part in parts(lengths)))
+        handle.write(np.zeros(1, dtype="<i8").tobytes())
+        done = 0
+        for part in parts(lengths):
+            ends = done + np.cumsum(part > 0, dtype="<i8")
+            handle.write(ends.tobytes())
+            done = int(ends[-1])
+
+
+def write_header(handle: IO[bytes], dtype: np.dtype, sequences: int, boundaries: int) -> None:
+    """The start of an `.idx`: so many sequences, so many document indices (documents + 1)."""
+    handle.write(HEADER.pack(MAGIC, VERSION, CODES[np.dtype(dtype)], sequences, boundaries))
+
+
+def write_pointers(handle: IO[bytes], dtype: np.dtype, lengths: Iterable[np.ndarray]) -> None:
+    """Byte at which each sequence of `lengths` (in tokens, array by array) begins, as int64."""
+    start = 0
+    for part in lengths:
+        ends = start + np.cumsum(part, dtype="<i8") * dtype.itemsize
+        handle.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes() if len(part) else b"")
+        start = int(ends[-1]) if len(part) else start
+
+
+def parts(values: np.ndarray) -> Iterator[np.ndarray]:
+    """An array piece by piece."""
+    for start in range(0, len(values), AT_ONCE):
+        yield np.asarray(values[start : start + AT_ONCE])
 
 
 def write_dataset(prefix: str | Path, dtype: np.dtype, documents: Iterable[np.ndarray]) -> None:
@@ -89,6 +131,7 @@ class IndexedDataset:
         lengths: int32 [documents] (a view of the index; int64 where documents have several sequences), tokens of each
             document, EOD included.
         tokens: total tokens.
+        sequences, boundaries: int32 [sequences] tokens and int64 [documents + 1] sequences, maps of the index.
 
     Raises:
         UserError: a file is missing, truncated, of another format, or its index points outside the tokens.
@@ -106,11 +149,13 @@ class IndexedDataset:
         self._index = index = _File(idx_path(prefix))
         self.dtype, sequences, boundaries = self._read_header(index)
         self._pointers_at = HEADER.size + 4 * sequences
-        self.lengths: np.ndarray = np.memmap(index.path, mode="r")[HEADER.size : self._pointers_at].view("<i4")
-        self._starts: np.ndarray | None = None
+        self._boundaries_at = self._pointers_at + 8 * sequences
+        raw = np.memmap(index.path, mode="r")
+        self.sequences: np.ndarray = raw[HEADER.size : self._pointers_at].view("<i4")
+        self.boundaries: np.ndarray = raw[self._boundaries_at :].view("<i8")
         self.tokens = self._check_bounds(index, sequences)
-        if not self._check_boundaries(index, sequences, boundaries):
-            self._fold(boundaries)
+        self._one_each = self._check_boundaries(index, sequences, boundaries)
+        self.lengths = self.sequences if self._one_each else self._fold()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -171,25 +216,50 @@ class IndexedDataset:
             )
         return bool(one_each)
 
-    def _fold(self, boundaries: int) -> None:
-        """Make documents of sequences."""
-        lengths = self.lengths.astype(np.int64)
-        pointers = self._index.read(np.dtype("<i8"), len(lengths), self._pointers_at)
-        firsts = self._index.read(np.dtype("<i8"), boundaries, self._pointers_at + 8 * len(lengths))
-        if (pointers[:-1] + lengths[:-1] * self.dtype.itemsize != pointers[1:]).any():
-            raise UserError(
-                f"{idx_path(self.prefix)}: documents of several sequences must lie back to back; preprocess the corpus "
-                "again"
-            )
-        total = np.concatenate([[0], np.cumsum(lengths)])
-        self._starts = np.append(pointers, self._bin.size)[firsts[:-1]]
-        self.lengths = np.diff(total[firsts])
+    def _fold(self) -> np.ndarray:
+        """Lengths of documents that have any number of sequences: int32 [documents], int64 where one is very long."""
+        ends, tokens = 0, 0
+        for lengths, pointers in self._sequence_parts():
+            inner = pointers[1:] == pointers[:-1] + lengths[:-1].astype(np.int64) * self.dtype.itemsize
+            if not inner.all() or (tokens and pointers[0] != ends):
+                raise UserError(
+                    f"{idx_path(self.prefix)}: documents of several sequences must lie back to back; preprocess the "
+                    "corpus again"
+                )
+            ends, tokens = int(pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize, tokens + len(lengths)
+        folded = np.zeros(len(self.boundaries) - 1, dtype=np.int64 if self.tokens > MOST_TOKENS else np.int32)
+        for start in range(0, len(folded), BLOCK):
+            cuts = np.asarray(self.boundaries[start : start + BLOCK + 1])
+            total = np.zeros(int(cuts[-1] - cuts[0]) + 1, dtype=np.int64)
+            np.cumsum(self.sequences[cuts[0] : cuts[-1]], out=total[1:])
+            folded[start : start + BLOCK] = np.diff(total[cuts - cuts[0]])
+        return folded
+
+    def _sequence_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Lengths and pointers of all sequences, some at a time."""
+        for start in range(0, len(self.sequences), BLOCK):
+            lengths = self.sequences[start : start + BLOCK]
+            yield lengths, self._index.read(np.dtype("<i8"), len(lengths), self._pointers_at + 8 * start)
 
     def _start(self, document: int) -> int:
         """The byte at which a document begins."""
-        if self._starts is not None:
-            return int(self._starts[document])
-        return int(self._index.read(np.dtype("<i8"), 1, self._pointers_at + 8 * document)[0])
+        sequence = document
+        if not self._one_each:
+            sequence = int(self._index.read(np.dtype("<i8"), 1, self._boundaries_at + 8 * document)[0])
+            if sequence == len(self.sequences):
+                return self._bin.size
+        return int(self._index.read(np.dtype("<i8"), 1, self._pointers_at + 8 * sequence)[0])
+
+    def is_back_to_back(self) -> bool:
+        """Whether sequences follow one another in the `.bin` from its start, with nothing between them."""
+        start = 0
+        for lengths, pointers in self._sequence_parts():
+            ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            # Where an empty sequence lies means nothing.
+            if ((ends - lengths.astype(np.int64) * self.dtype.itemsize != pointers) & (lengths > 0)).any():
+                return False
+            start = int(ends[-1])
+        return True
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of one document, read from the file.
@@ -230,11 +300,17 @@ class IndexedDataset:
                 continue
             at = int(((part >= vocab_size) | (part < 0)).argmax())
             byte = (start + at) * item
-            starts = self._starts
-            if starts is None:
-                starts = self._index.read(np.dtype("<i8"), len(self), self._pointers_at)
-            inside = (starts <= byte) & (byte < starts + self.lengths * item)
-            raise out_of_vocabulary(self.prefix, int(inside.argmax()), int(part[at]), vocab_size)
+            raise out_of_vocabulary(self.prefix, self._document_at(byte), int(part[at]), vocab_size)
+
+    def _document_at(self, byte: int) -> int:
+        """The document that holds a byte of the `.bin`."""
+        done = 0
+        for lengths, pointers in self._sequence_parts():
+            inside = (pointers <= byte) & (byte < pointers + lengths.astype(np.int64) * self.dtype.itemsize)
+            if inside.any():
+                return int(self.boundaries.searchsorted(done + int(inside.argmax()), side="right")) - 1
+            done += len(lengths)
+        return 0
 
 
 class _File:
