@@ -1,0 +1,201 @@
+"""Text to the words that an n-gram model counts, as CCNet normalises it (Wenzek et al. 2019, arXiv 1911.00359).
+
+In order: lower case; accents off (canonical decomposition without non-spacing marks); every digit a 0; typographic
+punctuation to its ASCII form; control characters out. A document is cut into sentences at line feeds, a sentence into
+words at white space. Where this departs from CCNet's own code: white space of any kind (tab, no-break space) separates
+words instead of being deleted or kept inside one; lines without a word are left out instead of scored; a full-width 1
+is a digit, not a quotation mark; and the words <s>, </s> and <unk>, which a model knows as marks, are left out.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PUNCTUATION = ("map", "remove", "keep")
+ASCII_FORM = {
+    **dict.fromkeys("„”“«»」「《》", '"'),
+    **dict.fromkeys("´’", "'"),
+    **dict.fromkeys("，、", ","),
+    **dict.fromkeys("∶：", ":"),
+    **dict.fromkeys("–━►", "-"),
+    "—": " - ",
+    "。": ".",
+    "．": ". ",
+    "…": "...",
+    "？": "?",
+    "！": "!",
+    "（": "(",
+    "）": ")",
+    "；": ";",
+    "～": "~",
+    "〈": "<",
+    "〉": ">",
+    "【": "[",
+    "】": "]",
+    "％": "%",
+}
+BLANKS = b"\t\x0b\x0c\r\x1c\x1d\x1e\x1f"
+CONTROL = b"\x01"
+"""What stands for every control character until all are deleted."""
+MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
+"""Words of the text that KenLM would take for a sentence's edge or for every unknown word."""
+MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:</?s>|<unk>|<UNK>)(?![^ \n\0])")
+LONGEST_CACHED, MOST_CACHED = 16, 1 << 16
+"""Bytes of a run of characters beyond ASCII that is remembered, and how many are."""
+
+
+class Sentences(NamedTuple):
+    """A normalised document: its sentences in UTF-8, none without a word, and how many words they hold together."""
+
+    lines: list[bytes]
+    words: int
+
+
+Normalizer = Callable[[Sequence[str]], list[Sentences]]
+"""Documents to their sentences; the larger the batch, the faster."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is done to a text before its words are counted; the defaults are CCNet's.
+
+    Attributes:
+        lowercase: every letter in lower case.
+        strip_accents: é becomes e.
+        digits_to_zero: every decimal digit becomes 0.
+        punctuation: typographic marks: "map" to ASCII, "remove", or "keep". ASCII punctuation always stays.
+    """
+
+    lowercase: bool = True
+    strip_accents: bool = True
+    digits_to_zero: bool = True
+    punctuation: str = "map"
+
+    def __post_init__(self) -> None:
+        if self.punctuation not in PUNCTUATION:
+            raise ValueError(f"punctuation is {self.punctuation!r}; choose one of {', '.join(PUNCTUATION)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a manifest."""
+        return asdict(self)
+
+
+def normalization_from(values: Any) -> Normalization:
+    """What `as_dict` wrote.
+
+    Raises:
+        ValueError: a field is missing, unknown or of the wrong type.
+    """
+    expected = {field.name: type(field.default) for field in fields(Normalization)}
+    if not isinstance(values, dict) or {key: type(value) for key, value in values.items()} != expected:
+        raise ValueError(f"not a normalisation: {values!r}")
+    return Normalization(**values)
+
+
+def normalizer(rules: Normalization) -> Normalizer:
+    """The function that `rules` describe.
+
+    Documents are joined (by NUL, which no normalised text holds) and translated as bytes; only what lies beyond ASCII
+    is looked at character by character. So each character is normalised by itself: a capital sigma that ends a word
+    becomes the ordinary small sigma.
+    """
+    table, beyond = _ascii_table(rules), _BeyondAscii(rules)
+
+    def normalize(texts: Sequence[str]) -> list[Sentences]:
+        if not texts:
+            return []
+        data = b"\0".join([text.encode() for text in texts])
+        if data.count(b"\0") >= len(texts):
+            data = b"\0".join([text.replace("\0", "").encode() for text in texts])
+        data = beyond.replaced(data.translate(table)).replace(CONTROL, b"")
+        return _sentences(_without_marks(data))
+
+    return normalize
+
+
+def _ascii_table(rules: Normalization) -> bytes:
+    table = bytearray(range(256))
+    for byte in (*range(1, 32), 127):
+        if byte != ord("\n"):
+            table[byte] = ord(" ") if byte in BLANKS else CONTROL[0]
+    if rules.lowercase:
+        table[ord("A") : ord("Z") + 1] = bytes(range(ord("a"), ord("z") + 1))
+    if rules.digits_to_zero:
+        table[ord("0") : ord("9") + 1] = b"0" * 10
+    return bytes(table)
+
+
+class _BeyondAscii:
+    """Replaces the characters beyond ASCII of UTF-8; runs of them and characters are worked out once."""
+
+    def __init__(self, rules: Normalization) -> None:
+        self._rules = rules
+        self._runs: dict[bytes, bytes] = {}
+        self._one = cache(self._replacement)
+
+    def replaced(self, data: bytes) -> bytes:
+        places = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) >= 128)
+        if not len(places):
+            return data
+        gaps = np.flatnonzero(np.diff(places) > 1)
+        starts = places[np.concatenate([[0], gaps + 1])].tolist()
+        stops = (places[np.concatenate([gaps, [len(places) - 1]])] + 1).tolist()
+        pieces: list[bytes] = []
+        done = 0
+        for start, stop in zip(starts, stops, strict=True):
+            pieces += (data[done:start], self._run(data[start:stop]))
+            done = stop
+        pieces.append(data[done:])
+        return b"".join(pieces)
+
+    def _run(self, run: bytes) -> bytes:
+        found = self._runs.get(run)
+        if found is None:
+            found = "".join(map(self._one, run.decode())).encode()
+            if len(run) <= LONGEST_CACHED:
+                if len(self._runs) >= MOST_CACHED:
+                    self._runs.clear()
+                self._runs[run] = found
+        return found
+
+    def _replacement(self, character: str) -> str:
+        lower = character.lower() if self._rules.lowercase else character
+        parts = unicodedata.normalize("NFD", lower) if self._rules.strip_accents else lower
+        return "".join(map(self._part, parts))
+
+    def _part(self, character: str) -> str:
+        category = unicodedata.category(character)
+        if self._rules.strip_accents and category == "Mn":
+            return ""
+        if self._rules.digits_to_zero and category == "Nd":
+            return "0"
+        if self._rules.punctuation != "keep" and character in ASCII_FORM:
+            return ASCII_FORM[character] if self._rules.punctuation == "map" else ""
+        if character.isspace():
+            return " "
+        return "" if category == "Cc" else character
+
+
+def _without_marks(data: bytes) -> bytes:
+    """The text without MARKS where they stand as whole words."""
+    places = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("<")).tolist()
+    if not any(data.startswith(MARKS, place) for place in places):
+        return data
+    return MARK_AS_WORD.sub(b"", data)
+
+
+def _sentences(data: bytes) -> list[Sentences]:
+    characters = np.frombuffer(data, dtype=np.uint8)
+    inside = np.concatenate([[False], characters > ord(" ")])
+    begins = inside[1:] > inside[:-1]
+    ends = [*np.flatnonzero(characters == 0).tolist(), len(characters)]
+    words = [int(np.count_nonzero(begins[a:b])) for a, b in zip([0, *ends], ends, strict=False)]
+    return [
+        Sentences([line for line in document.split(b"\n") if line and not line.isspace()], count)
+        for document, count in zip(data.split(b"\0"), words, strict=True)
+    ]
