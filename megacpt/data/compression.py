@@ -15,14 +15,17 @@ class Damaged(Exception):
 
 
 class HashingFile:
-    """Reads a binary file forwards, and knows how far it is and the sha256 of what has passed."""
+    """Reads a binary file forwards from `start` to `stop`; knows how far it is and the sha256 of what has passed."""
 
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle = handle
+    def __init__(self, handle: IO[bytes], start: int = 0, stop: int | None = None) -> None:
+        self._handle, self._stop = handle, stop
         self._sha256 = hashlib.sha256()
-        self.position = 0
+        self.position = handle.seek(start)
 
     def read(self, size: int = -1) -> bytes:
+        if self._stop is not None:
+            left = self._stop - self.position
+            size = left if size < 0 else min(size, left)
         chunk = self._handle.read(size)
         self._sha256.update(chunk)
         self.position += len(chunk)

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megacpt.data.compression import Damaged, HashingFile, chunks_of
+from megacpt.data.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
 from megacpt.data.manifest import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
@@ -21,6 +21,7 @@ from megacpt.files import sha256_of
 BLOCK_BYTES = 1 << 19
 PARQUET_ROWS = 128
 IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
+PACKED = (".gz", ".zst")
 READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
 
 
@@ -29,8 +30,11 @@ class Block:
     """Consecutive rows of one file, not yet parsed: lines of JSON, or columns of values.
 
     Attributes:
+        file: as rows are named: the path, or the path and the byte from which rows are counted.
         first: number of the first row, from 1.
         consumed: bytes of the file that were read to make this block.
+        rows: how many, blank lines included.
+        offset: where the first row begins: bytes after decompression; for Parquet, rows.
     """
 
     file: str
@@ -39,6 +43,13 @@ class Block:
     lines: bytes = b""
     columns: dict[str, list[Any]] | None = None
     rows: int = 0
+    offset: int = 0
+
+    @property
+    def end(self) -> "Place":
+        """Where the row after this block begins."""
+        size = self.rows if self.columns is not None else len(self.lines) + 1
+        return Place(self.first + self.rows, self.offset + size)
 
     @property
     def size(self) -> int:
@@ -46,6 +57,14 @@ class Block:
         if self.columns is None:
             return len(self.lines)
         return sum(len(value) for column in self.columns.values() for value in column if isinstance(value, str))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row begins: its number, from 1, and its offset as in `Block`."""
+
+    row: int = 1
+    offset: int = 0
 
 
 class BadRow(Exception):
@@ -101,76 +120,161 @@ def _is_manifest(path: Path) -> bool:
 
 
 class Source:
-    """One input file. Read `blocks` to the end, then ask `record` what was read.
+    """One input file, or a part of it. Read `blocks` to the end, then ask `record` what was read.
+
+    Args:
+        begin, end: the part: rows that begin in these bytes of the file as it lies on disk (for a packed file, rows of
+            blocks that do; for Parquet, the same share of its rows). Parts that adjoin share no row and lack none.
+
+    Attributes:
+        began, ended: offsets of the part's first row and of the one after its last (None: the file's end), once known.
 
     Raises (while reading):
-        UserError: the file cannot be read, is truncated or damaged.
+        UserError: the file cannot be read, is truncated or damaged, or changes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.size = path.stat().st_size
-        except OSError as error:
-            raise self._unreadable(error) from error
-        self._sha256: str | None = None
+    def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
+        self.path, self.begin, self.end = path, begin, end
+        self.size, self.mtime_ns = self._stat()
+        self.began: int | None = None
+        self.ended: int | None = None
+        self._sha256 = ""
 
     def record(self) -> InputFile:
-        """Name, bytes and sha256 of the file, for a manifest."""
-        assert self._sha256 is not None, "blocks() must be exhausted first"
+        """Name, bytes and sha256 of the file, for a manifest; no sha256 where the part ends before the file does."""
         return InputFile(self.path.name, self.size, self._sha256)
 
-    def blocks(self, keys: Sequence[str]) -> Iterator[Block]:
-        """The file's rows in order, about half a megabyte of text at a time."""
+    def blocks(self, keys: Sequence[str], start: Place | None = None) -> Iterator[Block]:
+        """The part's rows in order, about half a megabyte of text at a time; from `start`, the end of some block."""
+        parquet = self.path.suffix == ".parquet"
         try:
-            yield from self._parquet_blocks(keys) if self.path.suffix == ".parquet" else self._line_blocks()
+            yield from self._parquet_blocks(keys, start) if parquet else self._line_blocks(start)
+            if self._stat() != (self.size, self.mtime_ns):
+                raise UserError(f"{self.path}: was changed while it was read; run again once nothing writes to it")
+            if self.ended is None and not self._sha256:
+                self._sha256 = sha256_of(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return found.st_size, found.st_mtime_ns
 
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: cannot be read ({error.strerror or error})")
 
-    def _line_blocks(self) -> Iterator[Block]:
-        line, held, held_bytes, accounted = 1, [], 0, 0
+    def _line_blocks(self, start: Place | None) -> Iterator[Block]:
         with open(self.path, "rb") as handle:
-            raw = HashingFile(handle)
-            try:
-                for chunk in chunks_of(self.path, raw):
-                    held.append(chunk)
-                    held_bytes += len(chunk)
-                    if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
-                        continue
-                    lines, _, rest = b"".join(held).rpartition(b"\n")
-                    yield Block(str(self.path), line, raw.position - accounted, lines)
-                    line, accounted = line + lines.count(b"\n") + 1, raw.position
-                    held, held_bytes = [rest], len(rest)
-            except Damaged as error:
-                place = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
-                raise UserError(f"{self.path}: {error} {place}; fetch or write the file again") from error
-            rest = b"".join(held)
-            if rest:
-                yield Block(str(self.path), line, raw.position - accounted, rest.removesuffix(b"\n"))
-            self._sha256 = raw.hexdigest()
+            if self.path.suffix in PACKED:
+                yield from self._packed_blocks(handle, start)
+                return
+            self.began = _row_start(handle, self.begin)
+            stop = self.size if self.end is None else _row_start(handle, self.end)
+            self.ended = None if stop == self.size else stop
+            place = start or Place(1, self.began)
+            raw = HashingFile(handle, place.offset, stop)
+            yield from self._cut(raw, place)
+            if place.offset == 0 and self.ended is None:
+                self._sha256 = raw.hexdigest()
 
-    def _parquet_blocks(self, keys: Sequence[str]) -> Iterator[Block]:
+    def _packed_blocks(self, handle: IO[bytes], start: Place | None) -> Iterator[Block]:
+        """Read from the beginning, whatever the part: that is how these formats are."""
+        raw = HashingFile(handle)
+        taken = start.offset if start else 0
+        at = 0
+        for block in self._cut(raw, Place()):
+            if self.end is not None and at >= self.end:
+                self.ended = block.offset
+                return
+            if at >= self.begin:
+                self.began = block.offset if self.began is None else self.began
+                if block.offset >= taken:
+                    yield block
+            at += block.consumed
+        self._sha256 = raw.hexdigest()
+
+    def _cut(self, raw: HashingFile, place: Place) -> Iterator[Block]:
+        """Blocks of whole lines."""
+        counted_from = self.began or 0
+        name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
+        line, offset, accounted = place.row, place.offset, raw.position
+        held: list[bytes] = []
+        held_bytes = 0
+        try:
+            for chunk in chunks_of(self.path, raw):
+                held.append(chunk)
+                held_bytes += len(chunk)
+                if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
+                    continue
+                lines, _, rest = b"".join(held).rpartition(b"\n")
+                rows = lines.count(b"\n") + 1
+                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+                line, offset, accounted = line + rows, offset + len(lines) + 1, raw.position
+                held, held_bytes = [rest], len(rest)
+        except Damaged as error:
+            after = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
+            raise UserError(f"{self.path}: {error} {after}; fetch or write the file again") from error
+        rest = b"".join(held)
+        if rest:
+            rows = rest.count(b"\n") + (not rest.endswith(b"\n"))
+            lines = rest.removesuffix(b"\n")
+            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+
+    def _parquet_blocks(self, keys: Sequence[str], start: Place | None) -> Iterator[Block]:
         import pyarrow
         import pyarrow.parquet
 
-        row = 1
+        row = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path) as table:
                 present = [key for key in keys if key in table.schema_arrow.names]
-                total = max(1, table.metadata.num_rows)
-                for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=present):
-                    rows = batch.num_rows
-                    columns = {key: _values(batch.column(key)) for key in present}
-                    yield Block(str(self.path), row, self.size * rows // total, columns=columns, rows=rows)
-                    row += rows
+                total = table.metadata.num_rows
+                self.began = -(-self.begin * total // self.size)
+                stop = total if self.end is None else -(-self.end * total // self.size)
+                self.ended = None if stop == total else stop
+                first = start.offset if start else self.began
+                groups, row = _row_groups(table.metadata, first, stop)
+                for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=present):
+                    head, tail = max(0, first - row), min(batch.num_rows, stop - row)
+                    at, rows, row = row + head, tail - head, row + batch.num_rows
+                    if rows <= 0:
+                        continue
+                    columns = {key: _values(batch.column(key).slice(head, rows)) for key in present}
+                    consumed = self.size * rows // total
+                    yield Block(str(self.path), at + 1, consumed, columns=columns, rows=rows, offset=at)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            place = _after("row", row - 1)
+            place = _after("row", row)
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
-        self._sha256 = sha256_of(self.path)
+
+
+def _row_start(handle: IO[bytes], position: int) -> int:
+    """Where the first line that begins at `position` or later begins; the file's size if none does."""
+    if position == 0:
+        return 0
+    handle.seek(position - 1)
+    while True:
+        chunk = handle.read(CHUNK_BYTES)
+        end = chunk.find(b"\n")
+        if end >= 0:
+            return handle.tell() - len(chunk) + end + 1
+        if not chunk:
+            return handle.tell()
+
+
+def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:
+    """The row groups of a Parquet file that hold rows [first, stop), and the row at which the first of them begins."""
+    groups, row, begins = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < stop and row + rows > first:
+            begins = begins if groups else row
+            groups.append(group)
+        row += rows
+    return groups, begins
 
 
 def _after(unit: str, last: int) -> str:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megacpt.data.documents import Block, parse_block
+from megacpt.data.documents import Block
+from megacpt.data.filtering import digests_of, kept_rows
 from megacpt.data.indexed import token_dtype
+from megacpt.data.manifest import Filters
 from megacpt.data.tokenizer import Tokenizer
 
 
@@ -19,17 +21,30 @@ class Encoding:
     tokenizer_model: str
     append_eod: bool
     skip_invalid: bool
+    min_chars: int = 0
+    dedup: str = "none"
+
+    @property
+    def filters(self) -> Filters:
+        """Which rows become documents."""
+        return Filters(self.skip_invalid, self.min_chars, self.dedup)
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Tokens of a block: per key, the bytes for `.bin` and int32 [documents] lengths; and what it took."""
+    """Tokens of a block: per key, the bytes for `.bin` and int32 [documents] lengths; and what it took.
+
+    Attributes:
+        skipped: rows dropped, by kind.
+        digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
+    """
 
     tokens: list[bytes]
     lengths: list[np.ndarray]
     skipped: Counter[str]
     consumed: int
     text: int
+    digests: np.ndarray | None = None
 
 
 def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
@@ -40,7 +55,8 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     """
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     skipped: Counter[str] = Counter()
-    rows = [texts for _, texts in parse_block(block, encoding.keys, skipped if encoding.skip_invalid else None)]
+    rows = [texts for _, texts in kept_rows(block, encoding.keys, encoding.filters, skipped)]
+    digests = None if encoding.dedup == "none" else digests_of([texts[0] for texts in rows])
     tokens, lengths = [], []
     for column in range(len(encoding.keys)):
         documents = tokenizer.encode_batch([texts[column] for texts in rows], add_special_tokens=True)
@@ -49,4 +65,4 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
             documents = [np.concatenate([ids, eod]) if len(ids) else ids for ids in documents]
         tokens.append(np.concatenate([np.empty(0, np.int32), *documents]).astype(dtype).tobytes())
         lengths.append(np.fromiter(map(len, documents), dtype=np.int32, count=len(documents)))
-    return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size)
+    return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)

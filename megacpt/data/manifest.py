@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megacpt.data.lengths import LengthStatistics
 from megacpt.errors import UserError
 from megacpt.files import write_json
 
@@ -24,7 +25,10 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input file: its name without folders, size, and sha256 of its bytes as they lie on disk."""
+    """One input file: its name without folders, size, and sha256 of its bytes as they lie on disk.
+
+    sha256 is empty in a shard that does not reach the file's end; a later shard has it.
+    """
 
     name: str
     bytes: int
@@ -32,14 +36,56 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class Filters:
+    """Which rows become documents; equal filters on equal inputs give the same documents in the same order.
+
+    The first key's text is the document's: filters look at it, and a row is kept or dropped with all its keys.
+
+    Attributes:
+        skip_invalid: pass over bad rows, instead of stopping at the first.
+        min_chars: the fewest characters (code points) that a text may have.
+        dedup: "exact" keeps the first of equal texts; "none".
+    """
+
+    skip_invalid: bool = False
+    min_chars: int = 0
+    dedup: str = "none"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """Which part of a corpus a dataset of one of several jobs holds.
+
+    Attributes:
+        job: a digest of what the jobs must agree on: inputs, options, tokenizer.
+        first_input: number of the file, among all inputs, that `inputs` begins with.
+        start, stop: [file, offset] of the first row and of the one after the last; start is None if there is no row.
+    """
+
+    index: int
+    count: int
+    job: str
+    first_input: int
+    start: list[int] | None
+    stop: list[int]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a token dataset holds.
 
     Attributes:
+        json_keys: all keys that the rows were read for; `json_key` is this dataset's.
         documents: documents in the index, empty ones included.
         tokens: all tokens, EOD included.
+        eod_tokens: documents that end with an EOD of ours.
         skipped: rows passed over under --skip-invalid, by kind.
+        too_short, duplicates: rows dropped by `filters`.
+        filters: None if no one run over the inputs would give these documents (a merge of differing datasets).
+        lengths: None where an earlier version wrote the manifest.
         dtype: of the tokens: uint16 or int32.
+        engine: what encoded the text.
+        versions: of Python and of the libraries.
     """
 
     megacpt_version: str
@@ -48,10 +94,19 @@ class Manifest:
     append_eod: bool
     dtype: str
     json_key: str = ""
+    json_keys: list[str] = field(default_factory=list)
     documents: int = 0
     tokens: int = 0
+    eod_tokens: int = 0
     empty_documents: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    too_short: int = 0
+    duplicates: int = 0
+    filters: Filters | None = Filters()
+    lengths: LengthStatistics | None = None
+    engine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    shard: ShardInfo | None = None
     format: str = FORMAT
 
 
@@ -112,6 +167,15 @@ class _Fields:
             raise self.wrong(self.where + name)
         return value
 
+    def within(self, name: str) -> "_Fields | None":
+        """The object under a name, or None if the name is null."""
+        if name in self.values and self.values[name] is None:
+            return None
+        return _Fields(self.path, self.get(name, dict), f"{self.where}{name}.")
+
+    def text_in(self, name: str, key: str) -> str:
+        return _Fields(self.path, self.get(name, dict), f"{self.where}{name}.").get(key, str)
+
     def counts(self, name: str) -> dict[str, int]:
         inner = _Fields(self.path, self.get(name, dict), f"{self.where}{name}.")
         return {key: inner.count(key) for key in inner.values}
@@ -137,4 +201,49 @@ def _manifest(fields: _Fields) -> Manifest:
         empty_documents=fields.count("empty_documents"),
         dtype=fields.get("dtype", str),
         skipped=fields.counts("skipped"),
+        **_added_later(fields),
+    )
+
+
+def _added_later(fields: _Fields) -> dict[str, Any]:
+    """Fields that manifests of version 0.1.0 do not have."""
+    if "filters" not in fields.values:
+        appended = fields.count("documents") - fields.count("empty_documents") if fields.get("append_eod", bool) else 0
+        keys = [fields.get("json_key", str)]
+        return {"json_keys": keys, "eod_tokens": appended, "filters": Filters(bool(fields.counts("skipped")))}
+    filters, lengths, shard = (fields.within(name) for name in ("filters", "lengths", "shard"))
+    return {
+        "json_keys": fields.get("json_keys", list),
+        "eod_tokens": fields.count("eod_tokens"),
+        "too_short": fields.count("too_short"),
+        "duplicates": fields.count("duplicates"),
+        "filters": filters
+        and Filters(filters.get("skip_invalid", bool), filters.count("min_chars"), filters.get("dedup", str)),
+        "lengths": lengths and _lengths(lengths),
+        "engine": fields.get("engine", str),
+        "versions": {name: fields.text_in("versions", name) for name in fields.get("versions", dict)},
+        "shard": shard and _shard(shard),
+    }
+
+
+def _lengths(fields: _Fields) -> LengthStatistics:
+    return LengthStatistics(
+        min=fields.count("min"),
+        mean=fields.get("mean", float),
+        median=fields.count("median"),
+        p90=fields.count("p90"),
+        p99=fields.count("p99"),
+        max=fields.count("max"),
+        histogram=fields.counts("histogram"),
+    )
+
+
+def _shard(fields: _Fields) -> ShardInfo:
+    return ShardInfo(
+        index=fields.count("index"),
+        count=fields.count("count"),
+        job=fields.get("job", str),
+        first_input=fields.count("first_input"),
+        start=None if fields.values.get("start") is None else fields.get("start", list),
+        stop=fields.get("stop", list),
     )
