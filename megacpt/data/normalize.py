@@ -84,6 +84,31 @@ class Normalization:
         """For a manifest."""
         return asdict(self)
 
+    def spelled(self) -> str:
+        """As `spelled_normalization` reads it: the steps that are taken, and what becomes of punctuation."""
+        steps = [name for name, value in self.as_dict().items() if value is True]
+        return ",".join([*steps, f"punctuation={self.punctuation}"])
+
+
+def spelled_normalization(text: str) -> Normalization:
+    """`ccnet` for the defaults; or the steps to take, `lowercase,digits_to_zero,punctuation=keep`, the others left out.
+
+    Raises:
+        ValueError: an unknown step.
+    """
+    if text == "ccnet":
+        return Normalization()
+    steps = {field.name: False for field in fields(Normalization) if field.default is True}
+    punctuation = "keep"
+    for word in filter(None, text.split(",")):
+        if word.startswith("punctuation="):
+            punctuation = word.partition("=")[2]
+        elif word in steps:
+            steps[word] = True
+        else:
+            raise ValueError(f"{word!r} is not one of ccnet, {', '.join(steps)}, punctuation={'|'.join(PUNCTUATION)}")
+    return Normalization(**steps, punctuation=punctuation)
+
 
 def normalization_from(values: Any) -> Normalization:
     """What `as_dict` wrote.
