@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> ScoresManifest:
     if options.plot is not None:
         values = np.asarray(map_values(options.output, np.dtype("<f4")))
         title = f"{manifest.documents:,} documents scored by {manifest.scorer['name']}"
-        plot_scores(options.plot, values, title, f"score ({manifest.direction.replace('_', ' ')})")
+        plot_scores(options.plot, values, title, manifest.axis_label)
     return manifest
 
 

@@ -40,7 +40,7 @@ def plot_scores(
     if not low < high:
         low, high = finite.min() * 0.9 if positive else finite.min() - 1, finite.max() * 1.1 + 1e-9
     edges = np.geomspace(low, high, BINS + 1) if positive else np.linspace(low, high, BINS + 1)
-    axes.hist(np.clip(finite, low, high), bins=edges, color="#7aa6c2", edgecolor="white", linewidth=0.3)
+    axes.hist(np.clip(finite, low, high), bins=edges.tolist(), color="#7aa6c2", edgecolor="white", linewidth=0.3)
     if positive:
         axes.set_xscale("log")
     for share, style in ((0.25, ":"), (0.5, "-"), (0.75, ":")):

@@ -47,6 +47,12 @@ class ScoresManifest:
     megacpt_version: str
     format: str = FORMAT
 
+    @property
+    def axis_label(self) -> str:
+        """What a score is, for a picture."""
+        what = "perplexity" if self.scorer["name"] == "kenlm" else f"{self.scorer['name']} score"
+        return f"{what} ({self.direction.replace('_', ' ')})"
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -137,10 +143,11 @@ def _same_corpus(path: Path, scores: ScoresManifest, dataset: IndexedDataset, ma
     if scored != [(entry.sha256, entry.bytes) for entry in made.inputs]:
         raise UserError(f"{path}: scores of other text files than {dataset.prefix} was made from; score these files")
     filters = None if made.filters is None else asdict(made.filters)
-    if scores.filters != filters or scores.json_keys != made.json_keys:
+    keys = made.json_keys or [made.json_key]
+    if scores.filters != filters or scores.json_keys != keys:
         raise UserError(
             f"{path}: scored rows filtered by {_spelled(scores.filters, scores.json_keys)}, but {dataset.prefix} has "
-            f"those by {_spelled(filters, made.json_keys)}; score with the options of preprocessing"
+            f"those by {_spelled(filters, keys)}; score with the options of preprocessing"
         )
 
 
