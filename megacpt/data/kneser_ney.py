@@ -136,11 +136,13 @@ def estimate(corpus: Corpus, order: int) -> Estimate:
     """Estimate a model of n-grams up to `order`.
 
     Raises:
-        UserError: the corpus has no word.
+        UserError: the corpus has no word, or no n-gram of the highest order.
     """
     if len(corpus.words) == len(EDGES):
         raise UserError("the reference holds no word; check --input and --json-key")
     orders = count_orders(corpus, order)
+    if not len(orders[-1].word):
+        raise UserError(f"no sentence of the reference is long enough for {order}-grams; lower --order")
     below = np.array([1 / (len(corpus.words) - 1)])
     log_probability, log_backoff, fallback = [], [], []
     for number, (grams, counts) in enumerate(zip(orders, adjusted_counts(orders), strict=True), start=1):

@@ -142,8 +142,12 @@ def _same_corpus(path: Path, scores: ScoresManifest, dataset: IndexedDataset, ma
     scored = [(entry["sha256"], entry["bytes"]) for entry in scores.inputs or []]
     if scored != [(entry.sha256, entry.bytes) for entry in made.inputs]:
         raise UserError(f"{path}: scores of other text files than {dataset.prefix} was made from; score these files")
-    filters = None if made.filters is None else asdict(made.filters)
-    keys = made.json_keys or [made.json_key]
+    if made.filters is None:
+        raise UserError(
+            f"{path}: scores of text files, but {dataset.prefix} is a selection or a merge, whose documents no run "
+            "over text files gives; score it with tools/score.py --data"
+        )
+    filters, keys = asdict(made.filters), made.json_keys or [made.json_key]
     if scores.filters != filters or scores.json_keys != keys:
         raise UserError(
             f"{path}: scored rows filtered by {_spelled(scores.filters, scores.json_keys)}, but {dataset.prefix} has "

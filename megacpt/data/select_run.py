@@ -189,12 +189,15 @@ def overlap_warnings(scores: Scores | None, eval_sets: list[Path]) -> list[str]:
     entries = [EvalOverlap(**entry) for entry in scores.manifest.scorer.get("overlap", [])]
     warnings = [f"the scorer's reference overlaps {entry.sentence()}" for entry in entries if entry.overlapping]
     checked = {entry.sha256 for entry in entries}
+    unchecked = []
     for path in eval_sets:
         if not path.is_file():
             raise UserError(f"{path}: no such evaluation set; check --eval-set")
         if sha256_of(path) not in checked:
-            warnings.append(
-                f"the scorer's reference was not compared with {path.name}; run tools/overlap.py on the reference, "
-                "or train the model with --eval-set"
-            )
+            unchecked.append(path.name)
+    if unchecked:
+        warnings.append(
+            f"the scorer's reference was never compared with {', '.join(unchecked)}; run tools/overlap.py on the "
+            "reference, or train the model with --eval-set"
+        )
     return warnings
