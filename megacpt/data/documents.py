@@ -127,7 +127,7 @@ class Source:
             blocks that do; for Parquet, the same share of its rows). Parts that adjoin share no row and lack none.
 
     Attributes:
-        began, ended: offsets of the part's first row and of the one after its last (None: the file's end), once known.
+        began, ended: offsets of the part's first row and of the one after its last, once known; None at the file's end.
 
     Raises (while reading):
         UserError: the file cannot be read, is truncated or damaged, or changes.
@@ -136,7 +136,7 @@ class Source:
     def __init__(self, path: Path, begin: int = 0, end: int | None = None) -> None:
         self.path, self.begin, self.end = path, begin, end
         self.size, self.mtime_ns = self._stat()
-        self.began: int | None = None
+        self.began: int | None = None if begin else 0
         self.ended: int | None = None
         self._sha256 = ""
 
@@ -166,15 +166,19 @@ class Source:
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: cannot be read ({error.strerror or error})")
 
+    def _set_edges(self, first: int, stop: int, end: int) -> None:
+        self.began = first if first < end or not self.begin else None
+        self.ended = stop if stop < end else None
+
     def _line_blocks(self, start: Place | None) -> Iterator[Block]:
         with open(self.path, "rb") as handle:
             if self.path.suffix in PACKED:
                 yield from self._packed_blocks(handle, start)
                 return
-            self.began = _row_start(handle, self.begin)
+            first = _row_start(handle, self.begin)
             stop = self.size if self.end is None else _row_start(handle, self.end)
-            self.ended = None if stop == self.size else stop
-            place = start or Place(1, self.began)
+            self._set_edges(first, stop, self.size)
+            place = start or Place(1, first)
             raw = HashingFile(handle, place.offset, stop)
             yield from self._cut(raw, place)
             if place.offset == 0 and self.ended is None:
@@ -232,10 +236,10 @@ class Source:
             with pyarrow.parquet.ParquetFile(self.path) as table:
                 present = [key for key in keys if key in table.schema_arrow.names]
                 total = table.metadata.num_rows
-                self.began = -(-self.begin * total // self.size)
+                first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)
-                self.ended = None if stop == total else stop
-                first = start.offset if start else self.began
+                self._set_edges(first, stop, total)
+                first = start.offset if start else first
                 groups, row = _row_groups(table.metadata, first, stop)
                 for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=present):
                     head, tail = max(0, first - row), min(batch.num_rows, stop - row)
@@ -267,7 +271,8 @@ def _row_start(handle: IO[bytes], position: int) -> int:
 
 def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:
     """The row groups of a Parquet file that hold rows [first, stop), and the row at which the first of them begins."""
-    groups, row, begins = [], 0, 0
+    groups: list[int] = []
+    row = begins = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if row < stop and row + rows > first:

@@ -17,6 +17,8 @@ from megacpt.data.manifest import Filters
 DEDUP = ("none", "exact")
 DIGEST_BYTES = 16
 TOO_SHORT, DUPLICATES = "too_short", "duplicates"
+FILTERED = {TOO_SHORT, DUPLICATES}
+"""Kinds of rows dropped that are not bad rows."""
 FULLEST = 0.75
 """The share of slots in use at which the table of digests doubles: at most 1 / 0.375 slots a digest."""
 

@@ -7,8 +7,9 @@ The reader checks every bound before anything is read through the memory map.
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -31,6 +32,8 @@ DTYPES: dict[int, type[np.generic]] = {
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this are stored as uint16, others as int32 (Megatron's rule)."""
+AT_ONCE = 1 << 20
+"""Sequences whose index entries are made at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -52,20 +55,57 @@ def write_index(prefix: str | Path, dtype: np.dtype, lengths: np.ndarray, docume
     """Write `PREFIX.idx` atomically for sequences stored back to back in `PREFIX.bin`.
 
     Args:
-        lengths: int32 [S], tokens per sequence.
+        lengths: int32 [S], tokens per sequence; may be a memory map.
         documents: int64 [D + 1], sequence at which each document starts, then S; by default one sequence a document.
     """
-    lengths = np.ascontiguousarray(lengths, dtype="<i4")
-    pointers = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    pointers *= dtype.itemsize
     if documents is None:
         documents = np.arange(len(lengths) + 1)
-    documents = np.ascontiguousarray(documents, dtype="<i8")
     with atomic_write(idx_path(prefix)) as handle:
-        handle.write(HEADER.pack(MAGIC, VERSION, CODES[np.dtype(dtype)], len(lengths), len(documents)))
-        for array in (lengths, pointers, documents):
-            handle.write(array.data if len(array) else b"")
+        write_header(handle, dtype, len(lengths), len(documents))
+        for part in parts(lengths):
+            handle.write(part.astype("<i4").tobytes())
+        write_pointers(handle, dtype, parts(lengths))
+        for part in parts(documents):
+            handle.write(part.astype("<i8").tobytes())
+
+
+def write_document_index(prefix: str | Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Write `PREFIX.idx` atomically for documents of `lengths` [D] tokens: one sequence each, none where that is 0.
+
+    A memory map will do: nothing of its size is made in memory.
+    """
+    sequences = sum(int(np.count_nonzero(part)) for part in parts(lengths))
+    with atomic_write(idx_path(prefix)) as handle:
+        write_header(handle, dtype, sequences, len(lengths) + 1)
+        for part in parts(lengths):
+            handle.write(part[part > 0].astype("<i4").tobytes())
+        write_pointers(handle, dtype, (part[part > 0] for part in parts(lengths)))
+        handle.write(np.zeros(1, dtype="<i8").tobytes())
+        done = 0
+        for part in parts(lengths):
+            ends = done + np.cumsum(part > 0, dtype="<i8")
+            handle.write(ends.tobytes())
+            done = int(ends[-1])
+
+
+def write_header(handle: IO[bytes], dtype: np.dtype, sequences: int, boundaries: int) -> None:
+    """The start of an `.idx`: so many sequences, so many document indices (documents + 1)."""
+    handle.write(HEADER.pack(MAGIC, VERSION, CODES[np.dtype(dtype)], sequences, boundaries))
+
+
+def write_pointers(handle: IO[bytes], dtype: np.dtype, lengths: Iterable[np.ndarray]) -> None:
+    """Byte at which each sequence of `lengths` (in tokens, array by array) begins, as int64."""
+    start = 0
+    for part in lengths:
+        ends = start + np.cumsum(part, dtype="<i8") * dtype.itemsize
+        handle.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes() if len(part) else b"")
+        start = int(ends[-1]) if len(part) else start
+
+
+def parts(values: np.ndarray) -> Iterator[np.ndarray]:
+    """An array piece by piece."""
+    for start in range(0, len(values), AT_ONCE):
+        yield np.asarray(values[start : start + AT_ONCE])
 
 
 def write_dataset(prefix: str | Path, dtype: np.dtype, documents: Iterable[np.ndarray]) -> None:
@@ -84,6 +124,7 @@ class IndexedDataset:
     Attributes:
         lengths: int64 [documents], tokens of each document, EOD included.
         tokens: total tokens.
+        sequences, boundaries: int32 [sequences] tokens and int64 [documents + 1] sequences, maps of the index.
 
     Raises:
         UserError: a file is missing, truncated, of another format, or its index points outside the tokens.
@@ -97,8 +138,8 @@ class IndexedDataset:
                 raise UserError(
                     f"{path}: no such file; a dataset is a PREFIX with both PREFIX.bin and PREFIX.idx{hint}"
                 )
-        self.dtype, sequences, self._pointers, boundaries = self._read_index()
-        self.lengths = self._document_lengths(sequences, boundaries)
+        self.dtype, self.sequences, self._pointers, self.boundaries = self._read_index()
+        self.lengths = self._document_lengths(self.sequences, self.boundaries)
         self.tokens = int(self.lengths.sum())
         size = bin_path(prefix).stat().st_size
         self._bin = np.memmap(bin_path(prefix), dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
@@ -163,6 +204,17 @@ class IndexedDataset:
         starts = np.append(pointers, size)[boundaries[:-1]]
         self._pointers = starts
         return np.diff(total[boundaries])
+
+    def is_back_to_back(self) -> bool:
+        """Whether documents follow one another in the `.bin` from its start, with nothing between them."""
+        start = 0
+        for lengths, pointers in zip(parts(self.lengths), parts(self._pointers), strict=True):
+            ends = start + np.cumsum(lengths) * self.dtype.itemsize
+            # Where an empty document lies means nothing.
+            if ((ends - lengths * self.dtype.itemsize != pointers) & (lengths > 0)).any():
+                return False
+            start = int(ends[-1])
+        return True
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of one document, as a view of the file (no copy).

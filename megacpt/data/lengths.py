@@ -1,11 +1,11 @@
 """How long documents are: exact statistics of many lengths, in memory that does not grow with them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-AT_ONCE = 1 << 20
+from megacpt.data.indexed import parts
+
 LOW_BITS = 16
 
 
@@ -34,7 +34,7 @@ def length_statistics(lengths: np.ndarray) -> LengthStatistics:
     high = np.zeros(1 << LOW_BITS, dtype=np.int64)
     powers = np.zeros(33, dtype=np.int64)
     total, least, most = 0, int(lengths[0]), 0
-    for part in _parts(lengths):
+    for part in parts(lengths):
         high += np.bincount(part >> LOW_BITS, minlength=len(high))
         # frexp's exponent of n is the number of its binary digits.
         powers += np.bincount(np.frexp(part.astype(np.float64))[1], minlength=len(powers))
@@ -51,13 +51,8 @@ def _quantile(lengths: np.ndarray, high: np.ndarray, percent: int) -> int:
     below = np.cumsum(high)
     upper = int(np.searchsorted(below, rank))
     low = np.zeros(1 << LOW_BITS, dtype=np.int64)
-    for part in _parts(lengths):
+    for part in parts(lengths):
         inside = part[part >> LOW_BITS == upper] & (len(low) - 1)
         low += np.bincount(inside, minlength=len(low))
     before = int(below[upper - 1]) if upper else 0
     return upper << LOW_BITS | int(np.searchsorted(np.cumsum(low), rank - before))
-
-
-def _parts(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(lengths), AT_ONCE):
-        yield np.asarray(lengths[start : start + AT_ONCE])

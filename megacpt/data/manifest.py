@@ -59,7 +59,7 @@ class ShardInfo:
     Attributes:
         job: a digest of what the jobs must agree on: inputs, options, tokenizer.
         first_input: number of the file, among all inputs, that `inputs` begins with.
-        start, stop: [file, offset] of the first row and of the one after the last; start is None if there is no row.
+        start, stop: [file, offset] of the first row and of the one after the last; None where the part is no file's.
     """
 
     index: int
@@ -67,7 +67,7 @@ class ShardInfo:
     job: str
     first_input: int
     start: list[int] | None
-    stop: list[int]
+    stop: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -245,5 +245,5 @@ def _shard(fields: _Fields) -> ShardInfo:
         job=fields.get("job", str),
         first_input=fields.count("first_input"),
         start=None if fields.values.get("start") is None else fields.get("start", list),
-        stop=fields.get("stop", list),
+        stop=None if fields.values.get("stop") is None else fields.get("stop", list),
     )

@@ -2,89 +2,115 @@
 
 The bytes are those of Megatron-LM's tools/preprocess_data.py: what the tokenizer's post-processor frames a text with is
 kept, EOD is appended to documents that have tokens, and a document without tokens is one without sequences.
+They depend neither on the number of workers nor on where these are, nor on interruptions: the same command goes on.
 Nothing on this path imports torch.
 """
 
+import hashlib
+import json
 import os
-import threading
-from array import array
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import cache
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from megacpt import __version__
-from megacpt.data.documents import Block, Source, find_inputs
-from megacpt.data.encode import EncodedBlock, Encoding, encode_block
-from megacpt.data.indexed import bin_path, token_dtype
-from megacpt.data.manifest import Manifest, TokenizerInfo
-from megacpt.data.outputs import Output, clear_the_way, finish
-from megacpt.data.progress import Progress, Totals
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
-from megacpt.errors import UserError
-from megacpt.files import atomic_write
+import numpy as np
 
-BLOCKS_PER_WORKER = 3
-"""Blocks read ahead for each process: enough to keep it busy, few enough to bound memory."""
+from megacpt import __version__
+from megacpt.data import documents
+from megacpt.data.documents import Source, find_inputs
+from megacpt.data.encode import Encoding
+from megacpt.data.filtering import DEDUP, DUPLICATES, TOO_SHORT
+from megacpt.data.indexed import bin_path, token_dtype
+from megacpt.data.interrupt import held_back
+from megacpt.data.manifest import Manifest, ShardInfo, TokenizerInfo
+from megacpt.data.outputs import Dataset, clear_the_way, finish
+from megacpt.data.ray_cluster import encode_on_ray
+from megacpt.data.shards import WHOLE, Shard, share
+from megacpt.data.stream import Reporting, stream
+from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.work import Work
+from megacpt.data.workers import Encode, encode_here, encode_in_processes
+from megacpt.errors import UserError
+
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A whole run. `log_interval` is in documents; None reports every few seconds."""
+    """A whole run.
+
+    Attributes:
+        workers: processes; None for one, or for all CPUs of a Ray cluster.
+        log_interval: documents between lines on progress; None reports every few seconds.
+        engine: where blocks are encoded: "local" or "ray".
+        shard: which part of the inputs this run encodes.
+    """
 
     inputs: tuple[str, ...]
     output_prefix: str
     encoding: Encoding
-    workers: int = 1
+    workers: int | None = None
     overwrite: bool = False
     log_interval: int | None = None
+    engine: str = "local"
+    shard: Shard = WHOLE
 
 
 def preprocess(job: Job) -> dict[str, Manifest]:
     """Encode the inputs; write one dataset a key, `OUTPUT_PREFIX_<key>_document`, and return prefix -> manifest.
 
-    A dataset is complete once its `.bin` has its name: that rename comes last.
+    A dataset is complete once its `.bin` has its name: that rename comes last. What was done when a run ended early
+    lies in the folder `.OUTPUT_PREFIX_<first key>_document.partial`; the same job goes on from there.
 
     Raises:
         UserError: anything about the inputs, the tokenizer or the outputs that the user can put right.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, saying what is kept.
     """
     # One process is one thread: `workers` says how many of each there are.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    encoding = job.encoding
     _check(job)
-    sources = [Source(path) for path in find_inputs(job.inputs)]
-    tokenizer = _open_tokenizer(encoding)
-    prefixes = [f"{job.output_prefix}_{key}_document" for key in encoding.keys]
-    for prefix in prefixes:
-        clear_the_way(prefix, job.overwrite)
-    with ExitStack() as stack:
-        outputs = [
-            Output(key, prefix, stack.enter_context(atomic_write(bin_path(prefix))), array("i"))
-            for key, prefix in zip(encoding.keys, prefixes, strict=True)
-        ]
-        blocks = (block for source in sources for block in source.blocks(encoding.keys))
-        progress = Progress(sum(source.size for source in sources), job.log_interval)
-        skipped = _stream(_encoded(blocks, job, tokenizer), outputs, progress)
-        common = Manifest(
-            megacpt_version=__version__,
-            inputs=[source.record() for source in sources],
-            tokenizer=TokenizerInfo(tokenizer.type, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id),
-            append_eod=encoding.append_eod,
-            dtype=token_dtype(tokenizer.vocab_size).name,
-            skipped=dict(sorted(skipped.items())),
-        )
-        return finish(outputs, common)
+    paths = find_inputs(job.inputs)
+    first_input, sources = share(paths, job.shard)
+    tokenizer = _open_tokenizer(job.encoding)
+    encode = _encoder(job, tokenizer)
+    prefixes = [f"{job.output_prefix}_{key}_document{job.shard.suffix}" for key in job.encoding.keys]
+    datasets = [Dataset(key, prefix) for key, prefix in zip(job.encoding.keys, prefixes, strict=True)]
+    common, identity = _identity(job, tokenizer, paths)
+    folder = Path(prefixes[0]).with_name(f".{Path(prefixes[0]).name}.partial")
+    work = Work(folder, identity, sources, [bin_path(prefix) for prefix in prefixes], job.encoding.skip_invalid)
+    try:
+        if not work.finishing:
+            for prefix in prefixes:
+                clear_the_way(prefix, job.overwrite)
+        _announce(work, sources)
+        work.open()
+        if not work.finishing:
+            with held_back() as check:
+                stream(work, sources, first_input, job.encoding, encode, Reporting(job.log_interval, check))
+        manifests = finish(work, datasets, _filled_in(common, work, job, identity, first_input))
+    except BaseException as error:
+        kept = _give_up(work, sources, error)
+        if kept and isinstance(error, UserError | KeyboardInterrupt):
+            raise type(error)(f"{error or 'interrupted'} ({kept})") from error
+        raise
+    work.remove()
+    return manifests
 
 
 def _check(job: Job) -> None:
-    if job.workers < 1:
+    if job.workers is not None and job.workers < 1:
         raise UserError(f"--workers {job.workers}: there must be at least one")
     if len(set(job.encoding.keys)) != len(job.encoding.keys):
         raise UserError(f"--json-keys {' '.join(job.encoding.keys)}: give each key once")
+    if job.encoding.min_chars < 0:
+        raise UserError(f"--min-chars {job.encoding.min_chars}: must not be negative")
+    if job.encoding.dedup not in DEDUP or job.engine not in ENGINES:
+        raise UserError(f"--dedup is one of {', '.join(DEDUP)} and --engine one of {', '.join(ENGINES)}")
 
 
 def _open_tokenizer(encoding: Encoding) -> Tokenizer:
@@ -97,70 +123,95 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
     return tokenizer
 
 
-# A worker process opens the tokenizer once, at its first block.
-_loaded = cache(load_tokenizer)
+def _encoder(job: Job, tokenizer: Tokenizer) -> Encode:
+    if job.engine == "ray":
+        return encode_on_ray(job.encoding, tokenizer.sha256, job.workers)
+    if job.workers in (None, 1):
+        return encode_here(job.encoding, tokenizer)
+    return encode_in_processes(job.encoding, job.workers)
 
 
-def _encode_in_worker(block: Block, encoding: Encoding) -> EncodedBlock:
-    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model))
+def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Manifest, dict[str, Any]]:
+    """What is known of the manifest before anything is read, and what the work of a run depends on."""
+    encoding = job.encoding
+    common = Manifest(
+        megacpt_version=__version__,
+        inputs=[],
+        json_keys=list(encoding.keys),
+        tokenizer=TokenizerInfo(tokenizer.type, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id),
+        append_eod=encoding.append_eod,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        filters=encoding.filters,
+        engine=getattr(tokenizer, "engine", "reference"),
+        versions=_versions(),
+    )
+    identity = {
+        "megacpt": __version__,
+        "versions": common.versions,
+        "keys": common.json_keys,
+        "tokenizer": vars(common.tokenizer),
+        "engine": common.engine,
+        "append_eod": encoding.append_eod,
+        "min_chars": encoding.min_chars,
+        "dedup": encoding.dedup,
+        "itemsize": np.dtype(common.dtype).itemsize,
+        "block_bytes": documents.BLOCK_BYTES,
+    }
+    if job.shard.count > 1:
+        # Where a job's part lies depends on the sizes of all files.
+        files = [[path.name, Source(path).size] for path in paths]
+        identity["corpus"] = hashlib.sha256(json.dumps([identity, files, job.shard.count]).encode()).hexdigest()
+        identity["shard"] = job.shard.index
+    return common, identity
 
 
-def _encoded(blocks: Iterable[Block], job: Job, tokenizer: Tokenizer) -> Iterator[EncodedBlock]:
-    """Blocks in their order, encoded here or in `workers` processes."""
-    if job.workers == 1:
-        for block in blocks:
-            yield encode_block(block, job.encoding, tokenizer)
-        return
-    import multiprocessing
-
-    pending: deque[Any] = deque()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.workers, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            for block in blocks:
-                pending.append(pool.submit(_encode_in_worker, block, job.encoding))
-                if len(pending) >= BLOCKS_PER_WORKER * job.workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, most likely for lack of memory; run again with fewer --workers"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("tokenizers", "sentencepiece", "fastokens", "gigatoken", "kitoken"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
-def _end_with_parent() -> None:
-    """Make a worker end when the main process is killed, and leave Ctrl-C to the main process."""
-    import multiprocessing
-    import signal
-    from multiprocessing.connection import wait
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+def _announce(work: Work, sources: Sequence[Source]) -> None:
+    if work.stale:
+        print(f"{work.folder}: holds the work of another job or of other inputs; starting afresh", file=sys.stderr)
+    if work.found:
+        share_done = min(1.0, work.position.consumed / max(1, sum(source.size for source in sources)))
+        files = f"{work.position.inputs:,} of {len(sources):,} input files, {share_done:.1%} of their bytes"
+        print(f"going on after {work.found:,} documents that are done ({files})", file=sys.stderr)
 
 
-def _stream(encoded: Iterator[EncodedBlock], outputs: Sequence[Output], progress: Progress) -> Counter[str]:
-    """Write blocks as they come; return the counts of rows skipped."""
-    skipped: Counter[str] = Counter()
-    done = Totals()
-    with closing(progress):
-        for block in encoded:
-            for output, tokens, lengths in zip(outputs, block.tokens, block.lengths, strict=True):
-                output.handle.write(tokens)
-                output.lengths.frombytes(lengths.tobytes())
-                done.tokens += int(lengths.sum())
-            skipped += block.skipped
-            done.documents += len(block.lengths[0])
-            done.consumed += block.consumed
-            done.text += block.text
-            progress.update(done)
-    return skipped
+def _filled_in(common: Manifest, work: Work, job: Job, identity: dict[str, Any], first_input: int) -> Manifest:
+    """The manifest with what the run has found."""
+    position = work.position
+    bad_rows = {kind: n for kind, n in sorted(position.counts.items()) if kind not in (TOO_SHORT, DUPLICATES)}
+    shard = None
+    if job.shard.count > 1:
+        shard = ShardInfo(
+            job.shard.index, job.shard.count, identity["corpus"], first_input, position.start, position.stop
+        )
+    return replace(
+        common,
+        inputs=work.records,
+        skipped=bad_rows,
+        too_short=position.counts.get(TOO_SHORT, 0),
+        duplicates=position.counts.get(DUPLICATES, 0),
+        shard=shard,
+    )
+
+
+def _give_up(work: Work, sources: Sequence[Source], error: BaseException) -> str:
+    """Note what was done, if it is worth it, else delete it; say what is kept."""
+    position = work.position
+    if work.worth or (isinstance(error, KeyboardInterrupt) and position.documents):
+        # What an earlier note says holds even if there is no room for another one.
+        with suppress(UserError, OSError):
+            work.note(sources[position.inputs] if position.place else None)
+        work.leave()
+        return (
+            f"{position.documents:,} documents are kept in {work.folder}: the same command goes on after them, "
+            "or from the start of the first input file that has changed"
+        )
+    work.remove()
+    return ""

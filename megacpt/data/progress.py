@@ -25,17 +25,21 @@ class Progress:
     Args:
         total: bytes of all input files.
         log_interval: documents between plain lines; by default a line every few seconds.
+        before: what was done before the clock started; speeds do not count it.
     """
 
-    def __init__(self, total: int, log_interval: int | None = None) -> None:
+    def __init__(self, total: int, log_interval: int | None = None, before: Totals | None = None) -> None:
         self.total, self.log_interval = total, log_interval
+        self.before = before or Totals()
         self.started = self._last_time = time.monotonic()
-        self._last_documents = 0
+        self._last_documents = self.before.documents
         self._bar: Any = None
         if log_interval is None and sys.stderr.isatty():
             import tqdm
 
-            self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm.tqdm(
+                total=total, initial=self.before.consumed, unit="B", unit_scale=True, dynamic_ncols=True
+            )
 
     def update(self, done: Totals) -> None:
         """Report, where it is time to."""
@@ -55,12 +59,14 @@ class Progress:
     def speed(self, done: Totals) -> str:
         """Documents, MB of text and tokens per second since the start."""
         seconds = max(1e-9, time.monotonic() - self.started)
-        megabytes, tokens = done.text / MB / seconds, done.tokens / seconds
+        megabytes = (done.text - self.before.text) / MB / seconds
+        tokens = (done.tokens - self.before.tokens) / seconds
         return f"{done.documents:,} documents, {megabytes:.2f} MB/s, {tokens:,.0f} tokens/s"
 
     def _share(self, done: Totals, now: float) -> str:
         share = min(1.0, done.consumed / max(1, self.total))
-        left = (now - self.started) * (1 - share) / max(share, 1e-9)
+        done_now = (done.consumed - self.before.consumed) / max(1, self.total)
+        left = (now - self.started) * (1 - share) / max(done_now, 1e-9)
         return f"{share:6.1%} of the input, {left:,.0f} s left"
 
     def close(self) -> None:

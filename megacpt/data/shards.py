@@ -11,7 +11,7 @@ from megacpt.data.documents import Source
 from megacpt.errors import UserError
 
 SLACK = 4
-"""A cut moves to the nearest edge of a file that is within 1 / SLACK of a shard: most files are then read by one job."""
+"""A cut moves to the nearest edge of a file within 1 / SLACK of a shard, so that most files are read by one job."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Shard:
     def suffix(self) -> str:
         """What is appended to the name of a dataset that is one of several."""
         return f".shard-{self.index:05d}-of-{self.count:05d}" if self.count > 1 else ""
+
+
+WHOLE = Shard()
 
 
 def parse_shard(text: str) -> Shard:

@@ -149,7 +149,7 @@ def start_long_run(folder, models):
     line = command(folder, models, folder / "a.jsonl", options=["--workers", "2"])
     process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
-    while not any(path.stat().st_size for path in folder.glob(".out*")):
+    while not any(path.stat().st_size for path in folder.glob(".out*/0.bin")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -184,3 +184,58 @@ def test_a_killed_worker_ends_the_run(tmp_path, models):
     assert process.returncode == 2
     assert stderr.splitlines()[-1].startswith("error: a worker process was killed")
     assert outputs(tmp_path) == []
+
+
+def kill_in_the_middle(line, folder):
+    """Start a run that notes its position after every block, and kill it with some notes made; bytes it had noted."""
+    script = (
+        "import runpy, sys, megacpt.data.work as work\nwork.SECONDS_BETWEEN_NOTES = 0.0\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, *line[1:]], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    journal = next(iter(folder.glob(".out*/journal.jsonl")), None)
+    before = len(journal.read_bytes().splitlines()) if journal else 0
+    while True:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        journal = next(iter(folder.glob(".out*/journal.jsonl")), None)
+        if journal and len(journal.read_bytes().splitlines()) >= before + 3:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_three_times_the_same_command_goes_on_to_the_same_bytes(tmp_path, models, workers):
+    texts = [f"the {'first ' * (i % 97)} and the last {i}" for i in range(40_000)]
+    rows = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("".join(rows[:10_000]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(rows[10_000:]).encode(), 1))
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
+    options = ["--dedup", "exact", "--workers", workers]
+    line = command(tmp_path, models, *inputs, options=options)
+    for _ in range(3):
+        kill_in_the_middle(line, tmp_path)
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    assert "going on after " in done.stderr
+    assert outputs(tmp_path) == [f"out_text_document.{suffix}" for suffix in ("bin", "idx", "json")]
+    assert run(command(tmp_path, models, *inputs, prefix="whole/new", options=options)).returncode == 0
+    for suffix in ("bin", "idx", "json"):
+        killed = (tmp_path / f"out_text_document.{suffix}").read_bytes()
+        assert killed == (tmp_path / "whole" / f"new_text_document.{suffix}").read_bytes()
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, models):
+    line, process, _ = start_long_run(tmp_path, models)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "documents are kept in " in stderr.splitlines()[-1]
+    assert "the same command goes on" in stderr.splitlines()[-1]
+    done = run(line)
+    assert done.returncode == 0
+    assert "going on after " in done.stderr
+    assert len(IndexedDataset(tmp_path / "out_text_document")) == 6_000

@@ -1,0 +1,101 @@
+"""The inputs of a run, encoded block by block into its work folder."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megacpt.data.documents import Block, Source
+from megacpt.data.encode import EncodedBlock, Encoding
+from megacpt.data.filtering import DUPLICATES, DigestSet
+from megacpt.data.progress import Progress, Totals
+from megacpt.data.work import Work
+from megacpt.data.workers import Encode
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What happens between two blocks: progress is shown, and `check` may end the run by raising."""
+
+    log_interval: int | None
+    check: Callable[[], None]
+
+
+def stream(
+    work: Work, sources: Sequence[Source], first_input: int, encoding: Encoding, encode: Encode, reporting: Reporting
+) -> None:
+    """Encode what is left of the inputs and write it as it comes.
+
+    Args:
+        first_input: number of the first of `sources` among all inputs of the job.
+
+    Raises:
+        UserError: a bad file or row; the disk is full.
+    """
+    seen = _seen_before(work) if encoding.dedup == "exact" else None
+    # Blocks that were read and are not written yet; None stands after those of a file for its end.
+    read: deque[tuple[Source, Block | None]] = deque()
+
+    def blocks() -> Iterator[Block]:
+        start = work.position.place
+        for source in sources[work.position.inputs :]:
+            for block in source.blocks(encoding.keys, start):
+                read.append((source, block))
+                yield block
+            read.append((source, None))
+            start = None
+
+    def next_block() -> tuple[Source, Block] | None:
+        while read:
+            source, block = read.popleft()
+            if block is not None:
+                return source, block
+            work.end_input(first_input + work.position.inputs, source)
+        return None
+
+    progress = Progress(sum(source.size for source in sources), reporting.log_interval, _totals(work))
+    with closing(progress), closing(encode(blocks())) as encoded:
+        for result in encoded:
+            found = next_block()
+            assert found is not None
+            source, block = found
+            work.append(block, result if seen is None else _first_of_each(result, seen))
+            progress.update(_totals(work))
+            work.note(source, due=True)
+            reporting.check()
+    next_block()
+
+
+def _totals(work: Work) -> Totals:
+    position = work.position
+    return Totals(position.documents, sum(position.tokens), position.consumed, position.text)
+
+
+def _seen_before(work: Work) -> DigestSet:
+    seen = DigestSet()
+    for digests in work.digests():
+        seen.add(digests)
+    return seen
+
+
+def _first_of_each(block: EncodedBlock, seen: DigestSet) -> EncodedBlock:
+    """A block without the documents whose text an earlier one had."""
+    assert block.digests is not None
+    new = seen.add(block.digests)
+    if new.all():
+        return block
+    skipped = block.skipped.copy()
+    skipped[DUPLICATES] += int((~new).sum())
+    tokens = [kept_tokens(part, lengths, new) for part, lengths in zip(block.tokens, block.lengths, strict=True)]
+    lengths = [part[new] for part in block.lengths]
+    return replace(block, tokens=tokens, lengths=lengths, skipped=skipped, digests=block.digests[new])
+
+
+def kept_tokens(tokens: bytes, lengths: np.ndarray, kept: np.ndarray) -> bytes:
+    """Of documents of `lengths` [N] tokens back to back, those that are `kept` (bool [N])."""
+    total = int(lengths.sum())
+    if not total:
+        return b""
+    return np.frombuffer(tokens, dtype=f"V{len(tokens) // total}")[np.repeat(kept, lengths)].tobytes()
