@@ -15,7 +15,7 @@ import numpy as np
 
 from megacpt.config.quantity import parse_count, parse_share
 from megacpt.data.histogram import plot_scores
-from megacpt.data.select_run import Selected, SelectJob, overlap_warnings, select
+from megacpt.data.select_run import Selected, SelectJob, select
 from megacpt.data.selection import ORDERS
 from megacpt.errors import UserError
 
@@ -62,10 +62,11 @@ def run(options: argparse.Namespace) -> Selected:
         drop_tail=quantity("--drop-tail", options.drop_tail, parse_share),
         seed=options.seed,
         materialize=options.materialize,
+        eval_sets=tuple(options.eval_set),
         overwrite=options.overwrite,
     )
     selected = select(job)
-    for warning in overlap_warnings(selected.scores, options.eval_set):
+    for warning in selected.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if options.plot is not None:
         draw(options.plot, selected)

@@ -1,6 +1,6 @@
 """From a dataset and its scores to a subset on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,12 @@ TOKENS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class SelectJob:
-    """A whole run. `materialize` is the prefix of a copy of the documents, in the order of their rank."""
+    """A whole run.
+
+    Attributes:
+        materialize: the prefix of a copy of the documents, in the order of their rank.
+        eval_sets: files that the scorer's reference should not overlap.
+    """
 
     data: str
     tokens: int
@@ -36,15 +41,17 @@ class SelectJob:
     drop_tail: float = 0.0
     seed: int = 1234
     materialize: str | None = None
+    eval_sets: tuple[Path, ...] = ()
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What was selected, from which scores (None at random)."""
+    """What was selected, the scores that were given, and what a user should hear."""
 
     manifest: SubsetManifest
     scores: Scores | None
+    warnings: list[str]
 
 
 def select(job: SelectJob) -> Selected:
@@ -66,7 +73,7 @@ def select(job: SelectJob) -> Selected:
     if job.materialize is not None:
         _copy(job.materialize, dataset, ids, made)
     write_subset(job.output, ids, manifest)
-    return Selected(manifest, scores)
+    return Selected(manifest, scores, overlap_warnings(scores, job.eval_sets))
 
 
 def _check(job: SelectJob) -> None:
@@ -78,6 +85,9 @@ def _check(job: SelectJob) -> None:
         raise UserError("--drop-tail needs an order by score; drop it, or choose --order lowest or highest")
     if not 0 <= job.drop_tail < 1:
         raise UserError(f"--drop-tail {job.drop_tail:g}: leaves nothing; give a share below 100%")
+    for path in job.eval_sets:
+        if not path.is_file():
+            raise UserError(f"{path}: no such evaluation set; check --eval-set")
     if job.tokens < 1:
         raise UserError("--tokens 0 selects nothing; give a budget such as 5B")
     outputs = [job.output, manifest_path(job.output)]
@@ -182,19 +192,14 @@ def _batches(dataset: IndexedDataset, ids: np.ndarray) -> Iterator[bytes]:
         yield np.concatenate([dataset.read(document) for document in ids[start:stop].tolist()]).tobytes()
 
 
-def overlap_warnings(scores: Scores | None, eval_sets: list[Path]) -> list[str]:
+def overlap_warnings(scores: Scores | None, eval_sets: Sequence[Path]) -> list[str]:
     """What a user should hear of evaluation sets that the scorer's reference holds, or was never compared with."""
     if scores is None:
         return []
     entries = [EvalOverlap(**entry) for entry in scores.manifest.scorer.get("overlap", [])]
     warnings = [f"the scorer's reference overlaps {entry.sentence()}" for entry in entries if entry.overlapping]
     checked = {entry.sha256 for entry in entries}
-    unchecked = []
-    for path in eval_sets:
-        if not path.is_file():
-            raise UserError(f"{path}: no such evaluation set; check --eval-set")
-        if sha256_of(path) not in checked:
-            unchecked.append(path.name)
+    unchecked = [path.name for path in eval_sets if sha256_of(path) not in checked]
     if unchecked:
         warnings.append(
             f"the scorer's reference was never compared with {', '.join(unchecked)}; run tools/overlap.py on the "
