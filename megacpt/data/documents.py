@@ -115,8 +115,9 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _is_manifest(path: Path) -> bool:
-    """Whether this is the manifest of a dataset written into the same folder, rather than text."""
-    return path.suffix == ".json" and path.with_suffix(".idx").exists()
+    """Whether this is the manifest of a dataset, a model or scores in the same folder, rather than text."""
+    beside = path.with_suffix("")
+    return path.suffix == ".json" and (path.with_suffix(".idx").exists() or beside.is_file())
 
 
 class Source:

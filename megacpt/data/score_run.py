@@ -1,5 +1,6 @@
 """A corpus to a file of scores: read in order, scored in N processes or on Ray, written in order, resumable."""
 
+import errno
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
@@ -65,14 +66,21 @@ def score(job: ScoreJob, corpus: Corpus) -> ScoresManifest:
         _run(job, corpus, work)
         manifest = _finish(job, corpus, work)
     except UserError as error:
-        # What made the rows wrong has to change, and then the scores so far are another job's.
-        work.leave() if isinstance(error, WorkerLost) else work.remove()
+        # A wrong row has to change, and then the scores so far are another job's.
+        work.leave() if _passes(error) else work.remove()
         raise
     except BaseException:
         work.leave()
         raise
     work.remove()
     return manifest
+
+
+def _passes(error: UserError) -> bool:
+    """Whether the same command may well succeed another time."""
+    cause = error.__cause__
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, WorkerLost)
 
 
 def _run(job: ScoreJob, corpus: Corpus, work: ScoreWork) -> None:

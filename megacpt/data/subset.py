@@ -141,24 +141,21 @@ def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
 
 def _check_ids(path: Path, ids: np.ndarray, documents: int) -> None:
     seen = np.zeros(documents, dtype=bool)
-    place = 0
-    for part in _parts(ids):
+    for number, part in enumerate(_parts(ids)):
         wrong = (part < 0) | (part >= documents)
         if wrong.any():
+            place = int(wrong.argmax())
             raise UserError(
-                f"{path}: entry {place + int(wrong.argmax()):,} is document {int(part[wrong.argmax()])}, but the "
+                f"{path}: entry {number * AT_ONCE + place:,} is document {int(part[place])}, but the "
                 f"dataset has {documents:,}; run tools/select_subset.py again"
             )
-        order = np.argsort(part, kind="stable")
-        twice = seen[part]
-        twice[order[1:]] |= part[order[1:]] == part[order[:-1]]
-        if twice.any():
-            raise UserError(
-                f"{path}: entry {place + int(twice.argmax()):,} repeats document {int(part[twice.argmax()]):,}; "
-                "run tools/select_subset.py again"
-            )
         seen[part] = True
-        place += len(part)
+    if np.count_nonzero(seen) == len(ids):
+        return
+    order = np.argsort(ids, kind="stable")
+    repeated = order[1:][ids[order[1:]] == ids[order[:-1]]]
+    place = int(repeated.min())
+    raise UserError(f"{path}: entry {place:,} repeats document {int(ids[place]):,}; run tools/select_subset.py again")
 
 
 def _prefix(ids: np.ndarray, lengths: np.ndarray, tokens: int) -> tuple[int, int]:
