@@ -11,10 +11,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from itertools import filterfalse, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from megacpt.data.beyond_ascii import CONTROL, BeyondAscii
 
 PUNCTUATION = ("map", "remove", "keep")
 ASCII_FORM = {
@@ -40,13 +42,11 @@ ASCII_FORM = {
     "％": "%",
 }
 BLANKS = b"\t\x0b\x0c\r\x1c\x1d\x1e\x1f"
-CONTROL = b"\x01"
-"""What stands for every control character until all are deleted."""
+EDGE = b"\n\0\n"
+"""What documents are joined with: NUL is a line of its own, and in no normalised text."""
 MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
 """Words of the text that KenLM would take for a sentence's edge or for every unknown word."""
 MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:</?s>|<unk>|<UNK>)(?![^ \n\0])")
-LONGEST_CACHED, MOST_CACHED = 16, 1 << 16
-"""Bytes of a run of characters beyond ASCII that is remembered, and how many are."""
 
 
 class Sentences(NamedTuple):
@@ -125,20 +125,26 @@ def normalization_from(values: Any) -> Normalization:
 def normalizer(rules: Normalization) -> Normalizer:
     """The function that `rules` describe.
 
-    Documents are joined (by NUL, which no normalised text holds) and translated as bytes; only what lies beyond ASCII
-    is looked at character by character. So each character is normalised by itself: a capital sigma that ends a word
-    becomes the ordinary small sigma.
+    Documents are joined and translated as bytes; only what lies beyond ASCII is looked at character by character. So
+    each character is normalised by itself: a capital sigma that ends a word becomes the ordinary small sigma.
     """
-    table, beyond = _ascii_table(rules), _BeyondAscii(rules)
+    table, beyond = _ascii_table(rules), BeyondAscii(_replacement(rules))
 
     def normalize(texts: Sequence[str]) -> list[Sentences]:
         if not texts:
             return []
-        data = b"\0".join([text.encode() for text in texts])
-        if data.count(b"\0") >= len(texts):
-            data = b"\0".join([text.replace("\0", "").encode() for text in texts])
-        data = beyond.replaced(data.translate(table)).replace(CONTROL, b"")
-        return _sentences(_without_marks(data))
+        joined = EDGE.join([text.encode() for text in texts])
+        data = _without_marks(beyond.replaced(joined.translate(table)).replace(CONTROL, b""))
+        words = _word_counts(data)
+        if len(words) > len(texts):
+            return normalize([text.replace("\0", "") for text in texts])
+        lines, start = data.split(b"\n"), 0
+        documents: list[Sentences] = []
+        for count in words:
+            end = lines.index(b"\0", start) if len(documents) + 1 < len(words) else len(lines)
+            documents.append(Sentences(list(filterfalse(bytes.isspace, filter(None, lines[start:end]))), count))
+            start = end + 1
+        return documents
 
     return normalize
 
@@ -155,55 +161,26 @@ def _ascii_table(rules: Normalization) -> bytes:
     return bytes(table)
 
 
-class _BeyondAscii:
-    """Replaces the characters beyond ASCII of UTF-8; runs of them and characters are worked out once."""
+def _replacement(rules: Normalization) -> Callable[[str], str]:
+    """What becomes of a character beyond ASCII."""
 
-    def __init__(self, rules: Normalization) -> None:
-        self._rules = rules
-        self._runs: dict[bytes, bytes] = {}
-        self._one = cache(self._replacement)
-
-    def replaced(self, data: bytes) -> bytes:
-        places = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) >= 128)
-        if not len(places):
-            return data
-        gaps = np.flatnonzero(np.diff(places) > 1)
-        starts = places[np.concatenate([[0], gaps + 1])].tolist()
-        stops = (places[np.concatenate([gaps, [len(places) - 1]])] + 1).tolist()
-        pieces: list[bytes] = []
-        done = 0
-        for start, stop in zip(starts, stops, strict=True):
-            pieces += (data[done:start], self._run(data[start:stop]))
-            done = stop
-        pieces.append(data[done:])
-        return b"".join(pieces)
-
-    def _run(self, run: bytes) -> bytes:
-        found = self._runs.get(run)
-        if found is None:
-            found = "".join(map(self._one, run.decode())).encode()
-            if len(run) <= LONGEST_CACHED:
-                if len(self._runs) >= MOST_CACHED:
-                    self._runs.clear()
-                self._runs[run] = found
-        return found
-
-    def _replacement(self, character: str) -> str:
-        lower = character.lower() if self._rules.lowercase else character
-        parts = unicodedata.normalize("NFD", lower) if self._rules.strip_accents else lower
-        return "".join(map(self._part, parts))
-
-    def _part(self, character: str) -> str:
+    def part(character: str) -> str:
         category = unicodedata.category(character)
-        if self._rules.strip_accents and category == "Mn":
+        if rules.strip_accents and category == "Mn":
             return ""
-        if self._rules.digits_to_zero and category == "Nd":
+        if rules.digits_to_zero and category == "Nd":
             return "0"
-        if self._rules.punctuation != "keep" and character in ASCII_FORM:
-            return ASCII_FORM[character] if self._rules.punctuation == "map" else ""
+        if rules.punctuation != "keep" and character in ASCII_FORM:
+            return ASCII_FORM[character] if rules.punctuation == "map" else ""
         if character.isspace():
             return " "
         return "" if category == "Cc" else character
+
+    def replacement(character: str) -> str:
+        lower = character.lower() if rules.lowercase else character
+        return "".join(map(part, unicodedata.normalize("NFD", lower) if rules.strip_accents else lower))
+
+    return replacement
 
 
 def _without_marks(data: bytes) -> bytes:
@@ -214,13 +191,10 @@ def _without_marks(data: bytes) -> bytes:
     return MARK_AS_WORD.sub(b"", data)
 
 
-def _sentences(data: bytes) -> list[Sentences]:
+def _word_counts(data: bytes) -> list[int]:
+    """Words of each of the documents that NUL separates."""
     characters = np.frombuffer(data, dtype=np.uint8)
     inside = np.concatenate([[False], characters > ord(" ")])
     begins = inside[1:] > inside[:-1]
     ends = [*np.flatnonzero(characters == 0).tolist(), len(characters)]
-    words = [int(np.count_nonzero(begins[a:b])) for a, b in zip([0, *ends], ends, strict=False)]
-    return [
-        Sentences([line for line in document.split(b"\n") if line and not line.isspace()], count)
-        for document, count in zip(data.split(b"\0"), words, strict=True)
-    ]
+    return [int(np.count_nonzero(begins[start:end])) for start, end in pairwise([0, *ends])]
