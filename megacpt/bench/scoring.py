@@ -5,9 +5,10 @@ from itertools import batched
 from pathlib import Path
 
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.data.documents import read_documents
+from megacpt.data.filtering import iter_documents
 from megacpt.data.kenlm_build import import_kenlm
 from megacpt.data.kenlm_model import PerplexityScorer, check_model
+from megacpt.data.manifest import Filters
 from megacpt.data.normalize import normalizer
 
 BATCH = 64
@@ -18,7 +19,7 @@ def measure(recorder: Recorder, text: Path, model: Path, megabytes: float) -> No
     normalization, _, _ = check_model(model)
     texts: list[str] = []
     size = 0
-    for _, document in read_documents([text], "text"):
+    for _, (document,) in iter_documents([text], ["text"], Filters()):
         texts.append(document)
         size += len(document.encode())
         if size > megabytes * 1e6:

@@ -6,8 +6,6 @@ from hypothesis import strategies as st
 
 from megacpt.config.quantity import UNITS, format_count, parse_count, parse_share
 
-NOT_NUMBERS = (float("nan"), float("inf"))
-
 
 @pytest.mark.parametrize(
     ("value", "count"),
@@ -34,7 +32,7 @@ def test_counts(value: str | int | float, count: int) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "B", "5Q", "5GB", "-5B", "five", "1.5", "0.0001K", "5e-9", "1 2", "0x10", True, -1, 1.5, *NOT_NUMBERS],
+    ["", "B", "5Q", "5GB", "-5B", "five", "1.5", "1 2", "0x10", "5e-9", True, -1, 1.5, float("nan"), float("inf")],
 )
 def test_no_counts(value: str | int | float) -> None:
     with pytest.raises(ValueError, match=r"write it as 5000000000, 5e9 or 5B"):
