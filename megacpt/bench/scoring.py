@@ -31,11 +31,11 @@ def measure(recorder: Recorder, text: Path, model: Path, megabytes: float) -> No
     for batch in batched(texts, BATCH):
         scorer.score(batch)
     recorder.add("scoring", case, OURS, size / 1e6 / (time.perf_counter() - began), "MB/s", "normalisation included")
-    documents = normalizer(normalization)(texts)
+    normalized = normalizer(normalization)(texts)
     raw = import_kenlm().Model(str(model))
     began = time.perf_counter()
-    for document in documents:
-        for line in document.lines:
+    for sentences in normalized:
+        for line in sentences.lines:
             raw.score(line)
     recorder.add(
         "scoring", case, "kenlm.Model.score", size / 1e6 / (time.perf_counter() - began), "MB/s", "lines ready"
