@@ -131,8 +131,8 @@ class FastTokenizer:
     def _encode(self, texts: Sequence[str], framed: bool) -> tuple[np.ndarray, np.ndarray]:
         encode = self._engine.encode
         wide = {i: text.encode("utf-8") for i, text in enumerate(texts) if not text.isascii()}
-        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
         again = [list(wide)[i] for i in self._characters.doubtful(list(wide.values()))]
+        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
         flat, lengths = _joined(ids)
         if len(flat) and flat.max() >= self.vocab_size:
             again += [i for i, own in enumerate(ids) if len(own) and own.max() >= self.vocab_size]
@@ -192,11 +192,11 @@ class Characters:
 
     def doubtful(self, texts: Sequence[bytes]) -> list[int]:
         """Indices, ascending, of the UTF-8 texts that hold a character which is not agreed on."""
-        data = np.frombuffer(b"".join([*texts, bytes(3)]), dtype=np.uint8)
+        data = np.frombuffer(b"".join(texts), dtype=np.uint8)
         starts = np.flatnonzero(data >= 0xE0)
         if not len(starts):
             return []
-        first, *rest = (data[starts + i].astype(np.int32) for i in range(4))
+        first, *rest = (data.take(starts + i, mode="clip").astype(np.int32) for i in range(4))
         second, third, fourth = (byte & 0x3F for byte in rest)
         three = (first & 0x0F) << 12 | second << 6 | third
         codes = np.where(first < 0xF0, three, (first & 0x07) << 18 | second << 12 | third << 6 | fourth)
