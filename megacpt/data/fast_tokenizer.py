@@ -8,7 +8,8 @@ character that Unicode had not assigned (libraries of other years class it other
 import mmap
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def open_tokenizer(type_name: str, path: str | Path, engine: str = "auto") -> To
 
 def chosen_engine(tokenizer: Tokenizer) -> str:
     """The `engine` with which another process opens this very tokenizer, or fails."""
-    return "fast" if isinstance(tokenizer, FastTokenizer) else "reference"
+    return "fast" if isinstance(tokenizer, FastTokenizer) and not tokenizer.fallen else "reference"
 
 
 def _warn(reference: Tokenizer, reason: str) -> None:
@@ -86,6 +87,9 @@ def _warn(reference: Tokenizer, reason: str) -> None:
 class FastTokenizer:
     """A tokenizer that encodes with gigatoken what its reference would encode the same way.
 
+    Attributes:
+        fallen: whether a difference was found in real text, and the reference encodes.
+
     Raises:
         Unsuited: gigatoken is missing, cannot run this tokenizer, or differs from the reference.
     """
@@ -95,15 +99,16 @@ class FastTokenizer:
         self.vocab_size, self.eod_id = reference.vocab_size, reference.eod_id
         self._reference = reference
         self._may_fall_back = may_fall_back
-        self._fallen = False
+        self.fallen = False
         self._unproven = FIRST_TEXT
         self._characters = Characters()
         self._definition = _definition(reference)
-        self._build()
-        self.engine = f"gigatoken {version('gigatoken')}"
         texts = [*SAMPLES, *reference.special_tokens, *self._definition.samples]
-        self._frame = self._framing()
-        difference = self._difference(texts, False) or self._difference(SAMPLES, True)
+        with _breakage_is_unsuited():
+            self._build()
+            self.engine = f"gigatoken {version('gigatoken')}"
+            self._frame = self._framing()
+            difference = self._difference(texts, False) or self._difference(SAMPLES, True)
         if difference:
             raise Unsuited(difference)
 
@@ -111,9 +116,9 @@ class FastTokenizer:
         return self.encode_flat([text], add_special_tokens)[0]
 
     def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        if self._unproven > 0 and not self._fallen:
+        if self._unproven > 0 and not self.fallen:
             self._prove(texts, add_special_tokens)
-        if self._fallen:
+        if self.fallen:
             return self._reference.encode_flat(texts, add_special_tokens)
         result = self._encode(texts, add_special_tokens)
         if _resident_bytes() > self._resident + CACHE_BYTES:
@@ -131,8 +136,8 @@ class FastTokenizer:
     def _encode(self, texts: Sequence[str], framed: bool) -> tuple[np.ndarray, np.ndarray]:
         encode = self._engine.encode
         wide = {i: text.encode("utf-8") for i, text in enumerate(texts) if not text.isascii()}
-        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
         again = [list(wide)[i] for i in self._characters.doubtful(list(wide.values()))]
+        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
         flat, lengths = _joined(ids)
         if len(flat) and flat.max() >= self.vocab_size:
             again += [i for i, own in enumerate(ids) if len(own) and own.max() >= self.vocab_size]
@@ -177,7 +182,7 @@ class FastTokenizer:
         if not self._may_fall_back:
             raise UserError(f"{self.engine}: {difference}; run again with --tokenizer-engine reference")
         _warn(self._reference, difference)
-        self._fallen, self.engine = True, self._reference.engine
+        self.fallen, self.engine = True, self._reference.engine
 
 
 class Characters:
@@ -192,11 +197,11 @@ class Characters:
 
     def doubtful(self, texts: Sequence[bytes]) -> list[int]:
         """Indices, ascending, of the UTF-8 texts that hold a character which is not agreed on."""
-        data = np.frombuffer(b"".join([*texts, bytes(3)]), dtype=np.uint8)
+        data = np.frombuffer(b"".join(texts), dtype=np.uint8)
         starts = np.flatnonzero(data >= 0xE0)
         if not len(starts):
             return []
-        first, *rest = (data[starts + i].astype(np.int32) for i in range(4))
+        first, *rest = (data.take(starts + i, mode="clip").astype(np.int32) for i in range(4))
         second, third, fourth = (byte & 0x3F for byte in rest)
         three = (first & 0x0F) << 12 | second << 6 | third
         codes = np.where(first < 0xF0, three, (first & 0x07) << 18 | second << 12 | third << 6 | fourth)
@@ -224,11 +229,18 @@ def _gigatoken(definition: Definition) -> Any:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError as error:
         raise Unsuited("it is not installed (pip install gigatoken)") from error
+    return load_hf_json(definition.content)
+
+
+@contextmanager
+def _breakage_is_unsuited() -> Iterator[None]:
+    """The library raises RuntimeError, or panics with what is no Exception, at what it cannot do."""
     try:
-        return load_hf_json(definition.content)
-    except Exception as error:
-        # The library raises RuntimeError, and pyo3's own panic type, for what it cannot build.
-        raise Unsuited(str(error).splitlines()[0]) from error
+        yield
+    except (Unsuited, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise Unsuited(next(iter(str(error).splitlines()), type(error).__name__)) from error
 
 
 def _resident_bytes() -> int:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacpt.data import documents
-from megacpt.data.documents import Source, find_inputs
-from megacpt.data.rows import parse_block, read_documents
+from megacpt.data.documents import Block, Source, find_inputs
+from megacpt.data.rows import parse_block, read_documents, texts_of
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 
@@ -110,6 +110,50 @@ def test_a_row_is_used_for_all_its_keys_or_for_none(tmp_path):
     (block,) = Source(tmp_path / "a.jsonl").blocks(["q", "a"])
     assert [texts for _, texts in parse_block(block, ["q", "a"], skipped)] == [["1", "2"], ["4", "5"]]
     assert skipped == {"missing_key": 1}
+
+
+ODD_LINES = [
+    *(
+        b"",
+        b" \t\r",
+        b"3",
+        b'"text"',
+        b"[]",
+        b'["text"]',
+        b"null",
+        b"{}",
+        b'{"text": "a"}\r',
+        b' {"title":"b","text":"a"}',
+    ),
+    *(
+        b'{"text": "first", "title": "t", "text": "last"}',
+        b'{"text": "a", "title": "t", "x": NaN}',
+        b'{"text": "\xff"}',
+    ),
+    *(
+        b'{"text": "\\ud800", "title": ""}',
+        b'{"text": "a", "title": "t"}{',
+        b'{"text": "\\ud83d\\ude00", "title": "\\u0000"}',
+    ),
+]
+OBJECTS = st.dictionaries(st.sampled_from(["text", "title", "id"]), st.text() | st.integers() | st.none())
+LINES = OBJECTS.map(lambda row: json.dumps(row, ensure_ascii=False).encode()) | st.sampled_from(ODD_LINES)
+
+
+@settings(max_examples=300)
+@given(lines=st.lists(LINES, max_size=5), keys=st.sampled_from([("text",), ("text", "title")]))
+def test_the_short_way_to_texts_is_the_careful_one(lines, keys):
+    block = Block("a.jsonl", 7, 0, b"\n".join(lines))
+    ours, theirs = Counter(), Counter()
+    rows = [texts for _, texts in parse_block(block, keys, theirs)]
+    assert texts_of(block, keys, ours) == [[texts[i] for texts in rows] for i in range(len(keys))]
+    assert ours == theirs
+    if theirs:
+        with pytest.raises(UserError) as careful:
+            list(parse_block(block, keys))
+        with pytest.raises(UserError) as short:
+            texts_of(block, keys)
+        assert str(short.value) == str(careful.value)
 
 
 def test_bad_rows_of_parquet(tmp_path):

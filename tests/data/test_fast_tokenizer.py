@@ -222,7 +222,7 @@ def test_reference_on_request_and_engines_by_name(tmp_path):
         reference.vocab_size,
         reference.eod_id,
     )
-    assert fast.decode(fast.encode("the trial")) == "the trial"
+    assert fast.decode(fast.encode("the trial")) == reference.decode(reference.encode("the trial"))
 
 
 def unigram():
@@ -304,6 +304,21 @@ def test_a_difference_in_the_first_real_text_is_noticed(tmp_path, capsys):
     strict._engine = Wrong(strict._engine, "patients")
     with pytest.raises(UserError, match=r"'patients' differ .*; run again with --tokenizer-engine reference"):
         strict.encode_flat(texts)
+
+
+class Panic(BaseException):
+    """As pyo3 has it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it broke"), Panic("it broke\nand more")])
+def test_an_engine_that_breaks_is_not_used(tmp_path, capsys, monkeypatch, error):
+    def broken(definition):
+        raise error
+
+    monkeypatch.setattr(fast_tokenizer, "_gigatoken", broken)
+    kind, path = saved(gpt2, tmp_path)
+    assert chosen_engine(open_tokenizer(kind, path)) == "reference"
+    assert capsys.readouterr().err.endswith("which cannot be used: it broke\n")
 
 
 def test_a_missing_package_is_said(tmp_path, capsys, monkeypatch):
