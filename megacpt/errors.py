@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Command lines print it without a traceback and exit with code 2; nothing is left half-written.
     """
+
+
+class DiskError(UserError):
+    """A UserError that blames the place written to: what has been finished there is good, and may be gone on from."""

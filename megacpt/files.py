@@ -6,25 +6,26 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from megacpt.errors import UserError
+from megacpt.errors import DiskError, UserError
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full" and "not permitted" while writing `path` into a UserError that names the path."""
+    """Turn "disk full" and "not permitted" while writing `path` into a DiskError that names the path."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free space and run the same command again") from error
+            raise DiskError(f"{path}: the disk is full; free space and run the same command again") from error
         if error.errno in UNWRITABLE:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+            raise DiskError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         raise
 
 
@@ -55,6 +56,31 @@ def lock(path: Path, what: str) -> IO[str]:
         handle.close()
         raise UserError(f"{what} is in use by another process; wait for it, or choose another place") from error
     return handle
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold `path` as a lock; afterwards it is gone, and so are folders that were made for it and are empty.
+
+    Raises:
+        UserError: another process holds it; the sentence says that `what` is in use.
+    """
+    made = list(takewhile(lambda folder: not folder.exists(), path.parents))
+    while True:
+        handle = lock(path, what)
+        # Its former holder may have removed the file between our opening and our locking it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                break
+        handle.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        handle.close()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def sync_directory(folder: Path) -> None:

@@ -4,18 +4,28 @@
     python tools/convert.py export --checkpoint CKPT[/iter_N] --output DIR
 
 Either runs on one process or under torchrun. An import is compared with transformers before it is written (the gate).
+The same command after an interruption goes on: an export keeps finished files, an import the verdict of the gate.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
-from megacpt.runtime.setup import Layout, die_with_launcher, quiet_third_parties, setup, teardown
+from megacpt.model.hf.unfinished import Report
+from megacpt.runtime.setup import (
+    Layout,
+    another_spoke,
+    die_with_launcher,
+    first_to_speak,
+    quiet_third_parties,
+    setup,
+    teardown,
+)
 from megacpt.runtime.setup import world_size_from_environment as world_size
 
 DTYPES = ("bf16", "fp32")
@@ -45,13 +55,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """A bar over parameters, on the first rank's terminal."""
+def progress(total: int, what: str) -> Iterator[Report]:
+    """A bar over parameters, on the first rank's terminal; what an earlier start had done counts for no speed."""
     import tqdm
 
     hidden = not is_first_rank() or not sys.stderr.isatty()
     with tqdm.tqdm(total=total, desc=what, unit=" parameters", unit_scale=True, disable=hidden) as bar:
-        yield bar.update
+
+        def resumed(count: int, sentence: str) -> None:
+            bar.clear()
+            say(sentence)
+            if not hidden:
+                bar.initial += count
+                bar.n += count
+                bar.last_print_n += count
+                bar.refresh()
+
+        yield Report(bar.update, resumed)
 
 
 def is_first_rank() -> bool:
@@ -117,8 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         (import_ if options.command == "import" else export)(options)
     except UserError as error:
-        say(f"error: {error}", "stderr")
+        if first_to_speak():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError:
+        if another_spoke():
+            return 2
+        raise
     finally:
         teardown()
     return 0

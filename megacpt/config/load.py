@@ -95,7 +95,7 @@ def _sentence(error: ErrorDetails, where: str) -> str:
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
         section = list(_sections(location[:-1]))[-1]
-        known = list(section.model_fields)
+        known = [field.alias or name for name, field in section.model_fields.items()]
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"{where}: unknown key '{path}'; the nearest is '{'.'.join([*location[:-1], near[0]])}'"
     if error["type"] == "missing":

@@ -1,15 +1,42 @@
 """The configuration tree: every key, its type, its default, and its meaning with unit. Names are Megatron's."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from megacpt.config.quantity import parse_count, parse_share
+
+
+def _written[T](parse: Callable[[str], T]) -> BeforeValidator:
+    """Lets a value also be written as text, such as `5B` or `10%`."""
+
+    def read(value: Any) -> Any:
+        return parse(value) if isinstance(value, str) else value
+
+    return BeforeValidator(read)
+
+
+Count = Annotated[PositiveInt, _written(parse_count)]
+"""A number of things: 5000000000, 5e9 or 5B."""
+Share = Annotated[float, Field(ge=0, le=1), _written(parse_share)]
+"""A part of a whole: 0.1 or 10%."""
 
 
 class Section(BaseModel):
     """A strict, immutable group of keys: an unknown key or a wrong type is an error."""
 
     # Strict, for else `true` would be 1 and a quoted number a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class Tokenizer(Section):
@@ -82,18 +109,54 @@ class Model(Section):
 
 
 class Source(Section):
-    """One named training source: exact passes (`epochs`) or a share of samples (`weight`)."""
+    """One named training source: exact passes (`epochs`) or a share of samples (`weight`, or data.mixture's preset)."""
 
     path: str = Field(description="dataset prefix: PATH.bin and PATH.idx")
+    subset: str | None = Field(None, description="file of tools/select_subset.py: read these documents alone")
+    tokens: Count | None = Field(None, description="with subset: its best documents, down to so many tokens")
     epochs: PositiveInt | None = Field(None, description="exact passes over every document")
     weight: NonNegativeFloat | None = Field(None, description="share of samples; relative where no source has epochs")
+    redraw: Literal["each_pass", "once", "continue"] | None = Field(
+        None,
+        description="what each pass of data.mixture takes: a new draw (null), the first pass's again, or what follows",
+    )
+    repeat: bool = Field(False, description="a pass of the mixture may take more than the source has")
+
+
+class Mixture(Section):
+    """Shares by name, and passes of the mixture; see megacpt/data/recipe.py."""
+
+    preset: Literal["llama1", "redpajama", "slimpajama", "olmo2"] | None = Field(
+        None, description="rates of a published pre-training mixture, by its sources' names"
+    )
+    replace: list[str] = Field([], description="sources of the preset whose share goes to `with`")
+    with_: str | None = Field(None, alias="with", description="the source of the new domain")
+    replay: Share | None = Field(None, description="share of all other sources together, such as 10%")
+    pass_tokens: Count | None = Field(None, description="tokens of a pass of the mixture, rounded to whole samples")
+    passes: PositiveInt | None = Field(None, description="passes of the mixture")
+
+
+class Phase(Section):
+    """Other shares from some point of the run on: the first phase is data.sources and data.mixture."""
+
+    after_tokens: Count | None = Field(None, description="begins when so many tokens are consumed")
+    when_lr_below: Share | None = Field(
+        None, description="begins when the learning rate has fallen below this part of its peak"
+    )
+    weights: dict[str, NonNegativeFloat] | None = Field(None, description="by source; a source left out gets none")
+    replay: Share | None = Field(None, description="or a new value of data.mixture.replay")
 
 
 class Data(Section):
     """What is read, and how documents are cut into samples."""
 
     seq_length: PositiveInt = Field(description="tokens per sample")
-    sources: dict[str, Source] = Field(min_length=1, description="the mixture, by name")
+    sources: dict[str, Source] = Field({}, description="the sources, by name")
+    data_path: str | list[str | float] | None = Field(
+        None, description="instead of sources, Megatron's blend: WEIGHT PREFIX WEIGHT PREFIX ..."
+    )
+    mixture: Mixture = Mixture()
+    phases: list[Phase] = Field([], description="shares that change within the run, in order")
     reset_attention_mask: bool = Field(False, description="keep attention inside documents")
     reset_position_ids: bool = Field(
         False, description="restart rotary phases at each document (with reset_attention_mask)"

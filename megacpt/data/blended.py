@@ -1,6 +1,7 @@
 """Samples of tokens: of one corpus, of a mixture of corpora, and of a held-out corpus for validation."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -9,8 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from megacpt.data.indexed import IndexedDataset, out_of_vocabulary
-from megacpt.data.mixture import Mixture, Source
+from megacpt.data.mixture import Mixture
 from megacpt.data.order import PassOrder, samples_per_pass, shuffled_pass
+from megacpt.data.subset import open_subset
 from megacpt.errors import UserError
 
 PADDING = 0
@@ -42,44 +44,62 @@ class SampleReader(Protocol):
 
 
 @dataclass(frozen=True)
-class SourceSpec:
-    """A source as the configuration declares it: `path` is the prefix of its `.bin` and `.idx`."""
+class Corpus:
+    """The documents of a source: a dataset, or the subset of it that is read.
 
-    name: str
-    path: str
-    epochs: int | None = None
-    weight: float | None = None
-
-
-def open_sources(specs: Sequence[SourceSpec]) -> tuple[list[Source], dict[str, IndexedDataset]]:
-    """Open every corpus: what `solve` needs to know of each, and the datasets by name.
-
-    Raises:
-        UserError: a file is missing, truncated or foreign.
+    Attributes:
+        ids: int64 [documents], their numbers in the dataset; None: all of it, as they come.
+        lengths: integers [documents], tokens of each.
+        tokens: all of them.
+        digest: identifies the content wherever it lies.
     """
-    sources, datasets = [], {}
-    for spec in specs:
-        dataset = datasets[spec.name] = IndexedDataset(spec.path)
-        sources.append(Source(spec.name, len(dataset), dataset.tokens, dataset.digest(), spec.epochs, spec.weight))
-    return sources, datasets
+
+    dataset: IndexedDataset
+    ids: np.ndarray | None
+    lengths: np.ndarray
+    tokens: int
+    digest: str
+
+    @classmethod
+    def open(cls, path: str, subset: str | None = None, tokens: int | None = None) -> "Corpus":
+        """The dataset with prefix `path`; of it the documents that the file `subset` ranks, down to `tokens`.
+
+        Raises:
+            UserError: a file is missing, truncated or foreign, or the subset another corpus's or too small.
+        """
+        dataset = IndexedDataset(path)
+        if subset is None:
+            return cls(dataset, None, dataset.lengths, dataset.tokens, dataset.digest())
+        ranked = open_subset(subset, dataset, tokens)
+        lengths = dataset.lengths[ranked.ids].astype(np.int32)
+        digest = hashlib.sha256(f"{dataset.digest()} {len(lengths)}".encode())
+        digest.update(np.ascontiguousarray(ranked.ids, dtype="<i8").data)
+        return cls(dataset, ranked.ids, lengths, ranked.tokens, digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, place: int) -> int:
+        """The number in the dataset of the document in place `place`."""
+        return place if self.ids is None else int(self.ids[place])
 
 
 class SourceStream:
-    """One corpus as an endless sequence of samples, pass after pass.
+    """One source, shuffled pass after shuffled pass.
 
-    Sample j is sample j % n of pass j // n, where n is the number of samples of a pass. Two passes' orders are kept
-    (16 bytes a document each), so that reading around the end of a pass does not shuffle again and again.
+    Two passes' orders are kept (12 bytes for 64 documents each), so that reading around the end of a pass does not
+    shuffle again and again.
 
     Args:
         vocab_size: of the model; a token outside is refused when a sample holds it.
     """
 
-    def __init__(self, dataset: IndexedDataset, name: str, seq_length: int, seed: int, vocab_size: int) -> None:
-        self.dataset = dataset
+    def __init__(self, corpus: Corpus, name: str, seq_length: int, seed: int, vocab_size: int) -> None:
+        self.corpus, self.dataset, self.lengths = corpus, corpus.dataset, corpus.lengths
         self.seq_length = seq_length
         self.vocab_size = vocab_size
-        self.samples_per_pass = samples_per_pass(dataset.tokens, seq_length)
-        self._shuffled = lru_cache(maxsize=2)(lambda number: shuffled_pass(dataset.lengths, seed, name, number))
+        self.samples_per_pass = samples_per_pass(corpus.tokens, seq_length)
+        self._shuffled = lru_cache(maxsize=2)(lambda number: shuffled_pass(corpus.lengths, seed, name, number))
         self._lock = Lock()
 
     def order(self, number: int) -> PassOrder:
@@ -87,28 +107,28 @@ class SourceStream:
         with self._lock:
             return self._shuffled(number)
 
-    def sample(self, j: int, source: int = 0) -> Sample:
-        """Sample j of the corpus, labelled `source`.
+    def sample(self, number: int, row: int, source: int = 0) -> Sample:
+        """Sample `row` of the shuffled pass `number`, labelled `source`.
 
         Raises:
             UserError: a token is outside the vocabulary; names the file and the document.
         """
-        number, row = divmod(j, self.samples_per_pass)
         first, size = row * self.seq_length, self.seq_length + 1
         pieces = self.order(number).pieces(first, first + size)
         tokens = np.full(size, PADDING, dtype=np.int64)
         segments = np.full(size, len(pieces), dtype=np.int32)
         end = 0
-        for segment, (document, start, stop) in enumerate(pieces):
+        for segment, (place, start, stop) in enumerate(pieces):
             begin, end = end, end + stop - start
-            tokens[begin:end] = self.dataset.read(document, start, stop)
+            tokens[begin:end] = self.dataset.read(self.corpus.document(place), start, stop)
             segments[begin:end] = segment
         valid = np.ones(self.seq_length, dtype=bool)
         valid[end - 1 :] = False
         # Seen as unsigned, a negative token is a huge one: one comparison finds both.
         if int(tokens.view(np.uint64).max()) >= self.vocab_size:
             at = int((tokens.view(np.uint64) >= self.vocab_size).argmax())
-            raise out_of_vocabulary(self.dataset.prefix, pieces[segments[at]][0], int(tokens[at]), self.vocab_size)
+            document = self.corpus.document(pieces[segments[at]][0])
+            raise out_of_vocabulary(self.dataset.prefix, document, int(tokens[at]), self.vocab_size)
         return Sample(tokens, valid, segments, source)
 
 
@@ -116,13 +136,13 @@ class BlendedDataset:
     """The samples of a training run: sample k is a pure function of the mixture's sources, its seed and k.
 
     Args:
-        datasets: a dataset for each of the mixture's sources, by name.
+        corpora: a corpus for each of the mixture's sources, by name.
     """
 
-    def __init__(self, mixture: Mixture, datasets: Mapping[str, IndexedDataset], vocab_size: int) -> None:
+    def __init__(self, mixture: Mixture, corpora: Mapping[str, Corpus], vocab_size: int) -> None:
         self.mixture = mixture
         self.streams = [
-            SourceStream(datasets[source.name], source.name, mixture.seq_length, mixture.seed, vocab_size)
+            SourceStream(corpora[source.name], source.name, mixture.seq_length, mixture.seed, vocab_size)
             for source in mixture.sources
         ]
 
@@ -132,8 +152,8 @@ class BlendedDataset:
         Raises:
             UserError: a token is outside the vocabulary; names the file and the document.
         """
-        source, j = self.mixture.locate(k)
-        return self.streams[source].sample(j, source)
+        source, number, row = self.mixture.locate(k)
+        return self.streams[source].sample(number, row, source)
 
 
 class EvalSet:
@@ -164,6 +184,6 @@ class EvalSet:
             UserError: a token is outside the vocabulary; names the file and the document.
         """
         if k < self.samples:
-            return self.stream.sample(k)
+            return self.stream.sample(0, k)
         size = self.stream.seq_length
         return Sample(np.full(size + 1, PADDING, np.int64), np.zeros(size, bool), np.zeros(size + 1, np.int32), 0)

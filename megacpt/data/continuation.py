@@ -13,7 +13,7 @@ from megacpt.errors import UserError
 
 def start_of(fingerprint: Mapping[str, Any]) -> Start:
     """Where the fingerprinted mixture began; to solve the same mixture again."""
-    return Start(fingerprint["start"]["sample"], fingerprint["start"]["consumed"])
+    return Start(**fingerprint["start"])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -22,7 +22,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     Args:
         old, new: `Mixture.fingerprint()`, perhaps back from JSON.
     """
-    changes = [f"{key} {old[key]} -> {new[key]}" for key in ("algorithm", "seq_length", "seed") if old[key] != new[key]]
+    keys = ("algorithm", "seq_length", "seed", "pass_samples")
+    changes = [f"{key} {old.get(key)} -> {new[key]}" for key in keys if old.get(key) != new[key]]
     before, after = old["sources"], new["sources"]
     changes += [f"source '{name}': removed" for name in before if name not in after]
     changes += [f"source '{name}': added with {_demand(after[name])}" for name in after if name not in before]
@@ -31,18 +32,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         changes += [f"source '{name}': {corpus}"] if corpus else []
         if any(before[name][key] != after[name][key] for key in ("epochs", "weight")):
             changes.append(f"source '{name}': {_demand(before[name])} -> {_demand(after[name])}")
+        for key in ("redraw", "repeat") if new["pass_samples"] is not None else ():
+            if before[name].get(key) != after[name][key]:
+                changes.append(f"source '{name}': {key} {before[name].get(key)} -> {after[name][key]}")
+    if old.get("shifts", []) != new["shifts"]:
+        changes.append("the weights that change within the run are others, or change elsewhere")
     if old["start"] != new["start"]:
         changes.append(f"the mixture begins at sample {old['start']['sample']:,} -> {new['start']['sample']:,}")
     return changes
 
 
-def continuation(old: Mapping[str, Any], new: Mapping[str, Any], sample: int, consumed: Mapping[str, int]) -> Start:
+def continuation(old: Mapping[str, Any], new: Mapping[str, Any], at: Start) -> Start:
     """Where the `new` mixture takes over from the `old` one so that no sample is lost or repeated.
 
     Args:
         old, new: fingerprints of the two mixtures.
-        sample: global samples of the run so far.
-        consumed: `old_mixture.consumed(sample)`.
+        at: where the old one is: `old_mixture.at(samples of the run so far)`.
 
     Raises:
         UserError: the change reshuffles or recuts a corpus of which a part has been seen.
@@ -55,12 +60,12 @@ def continuation(old: Mapping[str, Any], new: Mapping[str, Any], sample: int, co
             )
     for name, source in new["sources"].items():
         corpus = _corpus_change(old["sources"].get(name, source), source)
-        if corpus and consumed.get(name, 0):
+        if corpus and at.consumed.get(name, 0):
             raise UserError(
                 f"source '{name}': {corpus}; its pass under way cannot go on in another corpus; declare the new "
                 "corpus under another name"
             )
-    return Start(sample, dict(consumed))
+    return at
 
 
 def _demand(source: Mapping[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 `.idx` is: 9 bytes magic, uint64 version (1), uint8 dtype code, uint64 sequences S, uint64 document indices D + 1,
 int32 lengths [S] in tokens, int64 pointers [S] in bytes, int64 document indices [D + 1] in sequences.
-The reader checks every bound before anything is read through the memory map.
+The reader checks every bound before any token is read.
 """
 
 import hashlib
+import os
 import struct
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -30,6 +32,10 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+BLOCK = 1 << 20
+"""Entries of an index that are looked at together: memory does not grow with the corpus."""
+MOST_TOKENS = (1 << 31) - 1
+"""Documents of a dataset with at most so many tokens have lengths that fit into int32."""
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this are stored as uint16, others as int32 (Megatron's rule)."""
 AT_ONCE = 1 << 20
@@ -119,10 +125,11 @@ def write_dataset(prefix: str | Path, dtype: np.dtype, documents: Iterable[np.nd
 
 
 class IndexedDataset:
-    """A memory-mapped, bounds-checked reader of one `PREFIX.{bin,idx}` pair.
+    """A bounds-checked reader of one `PREFIX.{bin,idx}` pair.
 
     Attributes:
-        lengths: int64 [documents], tokens of each document, EOD included.
+        lengths: int32 [documents] (a view of the index; int64 where documents have several sequences), tokens of each
+            document, EOD included.
         tokens: total tokens.
         sequences, boundaries: int32 [sequences] tokens and int64 [documents + 1] sequences, maps of the index.
 
@@ -138,20 +145,25 @@ class IndexedDataset:
                 raise UserError(
                     f"{path}: no such file; a dataset is a PREFIX with both PREFIX.bin and PREFIX.idx{hint}"
                 )
-        self.dtype, self.sequences, self._pointers, self.boundaries = self._read_index()
-        self.lengths = self._document_lengths(self.sequences, self.boundaries)
-        self.tokens = int(self.lengths.sum())
-        size = bin_path(prefix).stat().st_size
-        self._bin = np.memmap(bin_path(prefix), dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
+        self._bin = _File(bin_path(prefix))
+        self._index = index = _File(idx_path(prefix))
+        self.dtype, sequences, boundaries = self._read_header(index)
+        self._pointers_at = HEADER.size + 4 * sequences
+        self._boundaries_at = self._pointers_at + 8 * sequences
+        raw = np.memmap(index.path, mode="r")
+        self.sequences: np.ndarray = raw[HEADER.size : self._pointers_at].view("<i4")
+        self.boundaries: np.ndarray = raw[self._boundaries_at :].view("<i8")
+        self.tokens = self._check_bounds(index, sequences)
+        self._one_each = self._check_boundaries(index, sequences, boundaries)
+        self.lengths = self.sequences if self._one_each else self._fold()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def _read_index(self) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-        path = idx_path(self.prefix)
-        size = path.stat().st_size
-        with open(path, "rb") as handle:
-            header = handle.read(HEADER.size)
+    def _read_header(self, index: "_File") -> tuple[np.dtype, int, int]:
+        """Dtype of the tokens, number of sequences and of document boundaries."""
+        path, size = index.path, index.size
+        header = index.read(np.dtype("u1"), HEADER.size, 0).tobytes()
         if len(header) < HEADER.size or header[:9] != MAGIC:
             raise UserError(
                 f"{path}: not a Megatron index (it does not start with MMIDIDX); preprocess the corpus again"
@@ -167,57 +179,90 @@ class IndexedDataset:
         if size != expected:
             state = "truncated" if size < expected else "longer than it says"
             raise UserError(f"{path}: {state} ({size:,} bytes, its header promises {expected:,}); preprocess again")
-        raw = np.memmap(path, mode="r")
-        cut = [HEADER.size, HEADER.size + 4 * sequences, HEADER.size + 12 * sequences, expected]
-        lengths, pointers, documents = (
-            raw[a:b].view(t) for a, b, t in zip(cut, cut[1:], ("<i4", "<i8", "<i8"), strict=False)
-        )
-        return np.dtype(DTYPES[code]).newbyteorder("<"), lengths, pointers, documents
+        return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, boundaries
 
-    def _document_lengths(self, lengths: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
-        """Check the index against the size of the tokens and fold sequences into documents."""
-        path, size = idx_path(self.prefix), bin_path(self.prefix).stat().st_size
-        pointers = self._pointers
-        ends = pointers + lengths.astype(np.int64) * self.dtype.itemsize
-        # A pointer near the largest int64 wraps round in `ends`: it is compared by itself.
-        bad = (lengths < 0) | (pointers < 0) | (pointers > size) | (pointers % self.dtype.itemsize != 0) | (ends > size)
-        if bad.any():
-            first = int(bad.argmax())
+    def _check_bounds(self, index: "_File", sequences: int) -> int:
+        """Refuse a sequence that does not lie inside the tokens; the sum of all lengths."""
+        size, item, tokens = self._bin.size, self.dtype.itemsize, 0
+        for start in range(0, sequences, BLOCK):
+            count = min(BLOCK, sequences - start)
+            lengths = index.read(np.dtype("<i4"), count, HEADER.size + 4 * start).astype(np.int64)
+            pointers = index.read(np.dtype("<i8"), count, HEADER.size + 4 * sequences + 8 * start)
+            ends = lengths * item + pointers
+            # A pointer near the largest int64 wraps round in `ends`: it is compared by itself.
+            within = min(lengths.min(), pointers.min(), ends.min()) >= 0 and max(pointers.max(), ends.max()) <= size
+            if not within or np.bitwise_or.reduce(pointers) % item:
+                bad = (lengths < 0) | (pointers < 0) | (pointers > size) | (pointers % item != 0) | (ends > size)
+                at = int(bad.argmax())
+                raise UserError(
+                    f"{self._bin.path}: truncated or foreign: document {start + at:,} of {sequences:,} ends "
+                    f"at byte {int(ends[at]):,}, the file has {size:,}; preprocess the corpus again"
+                )
+            tokens += int(lengths.sum())
+        return tokens
+
+    def _check_boundaries(self, index: "_File", sequences: int, boundaries: int) -> bool:
+        """Refuse document boundaries that do not cover the sequences; whether each document is one sequence."""
+        offset, one_each, last = HEADER.size + 12 * sequences, boundaries == sequences + 1, 0
+        covered = boundaries > 0 and index.read(np.dtype("<i8"), 1, offset)[0] == 0
+        for start in range(0, boundaries if covered else 0, BLOCK):
+            part = index.read(np.dtype("<i8"), min(BLOCK + 1, boundaries - start), offset + 8 * start)
+            steps, last = part[1:] - part[:-1], int(part[-1])
+            covered = covered and (not len(steps) or steps.min() >= 0)
+            one_each = one_each and (not len(steps) or steps.min() == steps.max() == 1)
+        if not covered or last != sequences:
             raise UserError(
-                f"{bin_path(self.prefix)}: truncated or foreign: document {first:,} of {len(lengths):,} ends at byte "
-                f"{int(ends[first]):,}, the file has {size:,}; preprocess the corpus again"
+                f"{index.path}: its document boundaries do not cover its sequences; preprocess the corpus again"
             )
-        if (
-            len(boundaries) == 0
-            or boundaries[0] != 0
-            or boundaries[-1] != len(lengths)
-            or (np.diff(boundaries) < 0).any()
-        ):
-            raise UserError(f"{path}: its document boundaries do not cover its sequences; preprocess the corpus again")
-        if len(boundaries) == len(lengths) + 1 and (np.diff(boundaries) == 1).all():
-            return lengths.astype(np.int64)
-        if (ends[:-1] != pointers[1:]).any():
-            raise UserError(
-                f"{path}: documents of several sequences must lie back to back; preprocess the corpus again"
-            )
-        total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        starts = np.append(pointers, size)[boundaries[:-1]]
-        self._pointers = starts
-        return np.diff(total[boundaries])
+        return bool(one_each)
+
+    def _fold(self) -> np.ndarray:
+        """Lengths of documents that have any number of sequences: int32 [documents], int64 where one is very long."""
+        ends, tokens = 0, 0
+        for lengths, pointers in self._sequence_parts():
+            inner = pointers[1:] == pointers[:-1] + lengths[:-1].astype(np.int64) * self.dtype.itemsize
+            if not inner.all() or (tokens and pointers[0] != ends):
+                raise UserError(
+                    f"{idx_path(self.prefix)}: documents of several sequences must lie back to back; preprocess the "
+                    "corpus again"
+                )
+            ends, tokens = int(pointers[-1]) + int(lengths[-1]) * self.dtype.itemsize, tokens + len(lengths)
+        folded = np.zeros(len(self.boundaries) - 1, dtype=np.int64 if self.tokens > MOST_TOKENS else np.int32)
+        for start in range(0, len(folded), BLOCK):
+            cuts = np.asarray(self.boundaries[start : start + BLOCK + 1])
+            total = np.zeros(int(cuts[-1] - cuts[0]) + 1, dtype=np.int64)
+            np.cumsum(self.sequences[cuts[0] : cuts[-1]], out=total[1:])
+            folded[start : start + BLOCK] = np.diff(total[cuts - cuts[0]])
+        return folded
+
+    def _sequence_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Lengths and pointers of all sequences, some at a time."""
+        for start in range(0, len(self.sequences), BLOCK):
+            lengths = self.sequences[start : start + BLOCK]
+            yield lengths, self._index.read(np.dtype("<i8"), len(lengths), self._pointers_at + 8 * start)
+
+    def _start(self, document: int) -> int:
+        """The byte at which a document begins."""
+        sequence = document
+        if not self._one_each:
+            sequence = int(self._index.read(np.dtype("<i8"), 1, self._boundaries_at + 8 * document)[0])
+            if sequence == len(self.sequences):
+                return self._bin.size
+        return int(self._index.read(np.dtype("<i8"), 1, self._pointers_at + 8 * sequence)[0])
 
     def is_back_to_back(self) -> bool:
-        """Whether documents follow one another in the `.bin` from its start, with nothing between them."""
+        """Whether sequences follow one another in the `.bin` from its start, with nothing between them."""
         start = 0
-        for lengths, pointers in zip(parts(self.lengths), parts(self._pointers), strict=True):
-            ends = start + np.cumsum(lengths) * self.dtype.itemsize
-            # Where an empty document lies means nothing.
-            if ((ends - lengths * self.dtype.itemsize != pointers) & (lengths > 0)).any():
+        for lengths, pointers in self._sequence_parts():
+            ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            # Where an empty sequence lies means nothing.
+            if ((ends - lengths.astype(np.int64) * self.dtype.itemsize != pointers) & (lengths > 0)).any():
                 return False
             start = int(ends[-1])
         return True
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens [start, stop) of one document, as a view of the file (no copy).
+        """Tokens [start, stop) of one document, read from the file.
 
         Raises:
             IndexError: the document, or the range inside it, does not exist.
@@ -226,32 +271,72 @@ class IndexedDataset:
         stop = length if stop is None else stop
         if document < 0 or not 0 <= start <= stop <= length:
             raise IndexError(f"{self.prefix}: document {document}, tokens {start}:{stop}, length {length}")
-        first = int(self._pointers[document]) // self.dtype.itemsize
-        return self._bin[first + start : first + stop]
+        return self._bin.read(self.dtype, stop - start, self._start(document) + start * self.dtype.itemsize)
 
-    def digest(self, blocks: int = 256, block: int = 4096) -> str:
-        """SHA-256 that tells this content from another: dtype, every length, and evenly spaced blocks of the tokens."""
-        digest = hashlib.sha256(self.dtype.str.encode())
-        digest.update(np.ascontiguousarray(self.lengths, dtype="<i8").data)
-        step = max(1, len(self._bin) // blocks)
-        for start in range(0, len(self._bin), step):
-            digest.update(np.ascontiguousarray(self._bin[start : start + min(step, block)]).data)
+    def digest(self) -> str:
+        """SHA-256 that tells this content from another: dtype, sizes, and evenly spaced blocks of lengths and tokens.
+
+        Up to half a million documents that is every length. It does not grow with the corpus: a change between the
+        blocks that keeps the number of documents and of tokens goes unseen.
+        """
+        digest = hashlib.sha256(f"{self.dtype.str} {len(self.lengths)} {self.tokens}".encode())
+        for start, count in _spaced(len(self.lengths)):
+            digest.update(np.ascontiguousarray(self.lengths[start : start + count], dtype="<i8").data)
+        item = self.dtype.itemsize
+        for start, count in _spaced(self._bin.size // item):
+            digest.update(self._bin.read(self.dtype, count, start * item).data)
         return digest.hexdigest()
 
-    def check_vocabulary(self, vocab_size: int, block: int = 1 << 24) -> None:
+    def check_vocabulary(self, vocab_size: int) -> None:
         """Scan every token and refuse one outside [0, vocab_size).
 
         Raises:
             UserError: names the file, the document and the token.
         """
-        for start in range(0, len(self._bin), block):
-            part = self._bin[start : start + block]
-            if not len(part) or (int(part.max()) < vocab_size and int(part.min()) >= 0):
+        item = self.dtype.itemsize
+        for start in range(0, self._bin.size // item, BLOCK):
+            part = self._bin.read(self.dtype, min(BLOCK, self._bin.size // item - start), start * item)
+            if int(part.max()) < vocab_size and int(part.min()) >= 0:
                 continue
-            at = start + int(((part >= vocab_size) | (part < 0)).argmax())
-            byte = at * self.dtype.itemsize
-            inside = (self._pointers <= byte) & (byte < self._pointers + self.lengths * self.dtype.itemsize)
-            raise out_of_vocabulary(self.prefix, int(inside.argmax()), int(self._bin[at]), vocab_size)
+            at = int(((part >= vocab_size) | (part < 0)).argmax())
+            byte = (start + at) * item
+            raise out_of_vocabulary(self.prefix, self._document_at(byte), int(part[at]), vocab_size)
+
+    def _document_at(self, byte: int) -> int:
+        """The document that holds a byte of the `.bin`."""
+        done = 0
+        for lengths, pointers in self._sequence_parts():
+            inside = (pointers <= byte) & (byte < pointers + lengths.astype(np.int64) * self.dtype.itemsize)
+            if inside.any():
+                return int(self.boundaries.searchsorted(done + int(inside.argmax()), side="right")) - 1
+            done += len(lengths)
+        return 0
+
+
+class _File:
+    """A file read at offsets, from any number of threads.
+
+    Not a memory map: a map keeps every page it has touched, and fetches a neighbourhood around each document that a
+    shuffled pass will not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+        """`count` values from byte `offset` on, less where the file ends: [count], read-only."""
+        content = os.pread(self._descriptor, count * dtype.itemsize, offset)
+        return np.frombuffer(content, dtype, len(content) // dtype.itemsize)
+
+
+def _spaced(size: int, blocks: int = 128, block: int = 4096) -> list[tuple[int, int]]:
+    """Up to `blocks` evenly spaced blocks of range(size), as (start, length)."""
+    step = max(1, -(-size // blocks))
+    return [(start, min(step, block, size - start)) for start in range(0, size, step)]
 
 
 def out_of_vocabulary(prefix: str, document: int, token: int, vocab_size: int) -> UserError:

@@ -10,11 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
 
-import numpy as np
-
 from megacpt.data.order import seeded_key
-
-INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +23,7 @@ class Fork:
     first: Union["Fork", int]
     second: Union["Fork", int]
 
-    def dealt[K: (int, np.ndarray)](self, k: K) -> K:
+    def dealt(self, k: int) -> int:
         """How many of the node's first k items its first child got."""
         return (k * self.left + self.phase) // self.total
 
@@ -64,23 +60,6 @@ class Interleaving:
             before = node.dealt(k)
             node, k = (node.first, before) if node.dealt(k + 1) > before else (node.second, k - before)
         return node, k
-
-    def locate_many(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`locate` for int64 [n], as two int64 [n]."""
-        source, index = np.empty(len(k), np.int64), np.empty(len(k), np.int64)
-        if len(k) and (int(k.max()) + 2) * self.period >= INT64:
-            k = k.astype(object)
-        pending: list[tuple[Fork | int, np.ndarray, np.ndarray]] = [(self.root, k, np.arange(len(k)))]
-        while pending:
-            node, k, place = pending.pop()
-            if isinstance(node, Fork):
-                before = node.dealt(k)
-                first = node.dealt(k + 1) > before
-                pending.append((node.first, before[first], place[first]))
-                pending.append((node.second, (k - before)[~first], place[~first]))
-            else:
-                source[place], index[place] = node, k
-        return source, index
 
     def counts(self, k: int) -> list[int]:
         """How many of the first k items each source got, in the order of `names`."""

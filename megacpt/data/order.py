@@ -1,16 +1,23 @@
-"""One pass over a corpus: a seeded shuffle of its documents, read as one stream of tokens and cut into samples.
+"""One pass over a corpus: a keyed permutation of its documents that is computed, not stored, read as one stream of
+tokens and cut into samples.
 
 A pass of T tokens under sequence length S has ceil((T - 1) / S) samples; sample r reads tokens [r*S, r*S + S + 1) of
 the stream, so neighbours overlap by one and every token of the pass but its first is a target exactly once.
 
-The shuffle sorts documents by SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014):
-document d gets the (d + 1)-th output of the generator seeded with a hash of (seed, corpus, pass). The generator's
-output function is a bijection of its state, so no two documents tie, the order depends on no sorting algorithm and no
-library's random stream, and it is the same on every machine for ever.
+The permutation deals D documents into B = ceil(D / 64) buckets. Document d = 64 j + i goes to bucket
+(a_i j + s_i) mod B, where a_i, coprime to B, and s_i are drawn for each of the 64 residues i and for each pass: within
+a residue that is a bijection, so every bucket gets one document of each, from anywhere in the corpus. Buckets are read
+in a shuffled order, and so is each one's content. What is kept of a pass is the buckets' order and their cumulative
+tokens: 12 bytes for 64 documents; a document's place inside its bucket is worked out when a sample is read there.
+
+All random numbers are outputs of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014),
+whose output function is a bijection of its state: keys to sort by never tie, and the order depends on no library's
+random stream and is the same on every machine for ever.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +25,11 @@ import numpy as np
 
 GAMMA = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+MASK = (1 << 64) - 1
+BUCKET = 64
+"""Documents of a bucket: few enough to sort in microseconds, enough for a pass to be small in memory."""
+BLOCK = 1 << 20
+"""Documents whose lengths are added up at a time."""
 
 
 def seeded_key(*parts: int | str) -> int:
@@ -25,9 +37,9 @@ def seeded_key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
 
 
-def splitmix64(key: int, size: int) -> np.ndarray:
-    """The first `size` outputs of the generator seeded with `key` in [0, 2^64): uint64 [size], all distinct."""
-    state = np.arange(1, size + 1, dtype=np.uint64)
+def splitmix64(key: int, size: int, start: int = 0) -> np.ndarray:
+    """Outputs [start, start + size) of the generator seeded with `key` in [0, 2^64): uint64 [size], all distinct."""
+    state = np.arange(start + 1, start + size + 1, dtype=np.uint64)
     state *= np.uint64(GAMMA)
     state += np.uint64(key)
     for shift, factor in MIX:
@@ -38,8 +50,32 @@ def splitmix64(key: int, size: int) -> np.ndarray:
 
 
 def permutation(key: int, size: int) -> np.ndarray:
-    """The permutation of range(size) that `key` in [0, 2^64) names: int64 [size]."""
+    """The permutation of range(size) that `key` in [0, 2^64) names: int64 [size], stored."""
     return np.argsort(splitmix64(key, size))
+
+
+def bijection(key: int, size: int, index: int) -> int:
+    """Where `index` in range(size) goes under the permutation that `key` names, computed for it alone.
+
+    A Feistel network of four rounds on the smallest square of a power of two that holds `size`, walked until the result
+    lies in range (Black and Rogaway: Ciphers with Arbitrary Finite Domains, 2002).
+    """
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for round_ in range(4):
+            left, right = right, left ^ (_mixed(key + (round_ << half | right) + 1) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _mixed(position: int) -> int:
+    state = position * GAMMA & MASK
+    for shift, factor in MIX:
+        state = (state ^ state >> shift) * factor & MASK
+    return state ^ state >> 31
 
 
 def samples_per_pass(tokens: int, seq_length: int) -> int:
@@ -48,37 +84,128 @@ def samples_per_pass(tokens: int, seq_length: int) -> int:
 
 
 @dataclass(frozen=True)
-class PassOrder:
-    """The documents of one pass in the order of reading, empty ones left out.
+class Deal:
+    """How documents are dealt to buckets.
 
     Attributes:
-        documents: int64 [D].
-        bounds: int64 [D + 1]; document i of the order holds tokens [bounds[i], bounds[i + 1]) of the stream.
+        documents, buckets: how many there are.
+        factors, inverses, shifts: int64 [BUCKET], of the map of each residue and of its inverse.
+        key: orders the documents inside a bucket.
     """
 
-    documents: np.ndarray
-    bounds: np.ndarray
+    documents: int
+    buckets: int
+    factors: np.ndarray
+    inverses: np.ndarray
+    shifts: np.ndarray
+    key: int
+
+    def buckets_of(self, columns: np.ndarray) -> np.ndarray:
+        """The buckets of documents BUCKET * j + i for int64 [n] columns j and all residues i: int64 [n, BUCKET]."""
+        places = columns[:, None] * self.factors
+        places += self.shifts
+        # numpy divides by a scalar several times faster than it takes the remainder.
+        places -= places // self.buckets * self.buckets
+        return places
+
+    def members(self, buckets: np.ndarray) -> np.ndarray:
+        """All documents of int64 [n] buckets, in no particular order: int64 [up to n * BUCKET]."""
+        columns = (buckets[:, None] - self.shifts) * self.inverses % self.buckets
+        documents = (columns * BUCKET + np.arange(BUCKET)).reshape(-1)
+        return documents[documents < self.documents]
+
+    def content(self, bucket: int) -> np.ndarray:
+        """The documents of a bucket in the order of reading: int64 [up to BUCKET]."""
+        columns = (bucket - self.shifts) * self.inverses % self.buckets
+        order = splitmix64(self.key, BUCKET, bucket * BUCKET).argsort()
+        documents = (columns * BUCKET + np.arange(BUCKET))[order]
+        return documents[documents < self.documents]
+
+
+def deal(key: int, documents: int) -> Deal:
+    """The deal that `key` names for a corpus of `documents`."""
+    buckets = max(1, -(-documents // BUCKET))
+    draws = splitmix64(seeded_key("deal", key), 2 * BUCKET) % np.uint64(buckets)
+    factors, shifts = draws[:BUCKET].astype(np.int64), draws[BUCKET:].astype(np.int64)
+    while (wrong := np.gcd(factors, buckets) != 1).any():
+        factors[wrong] = (factors[wrong] + 1) % buckets if buckets > 1 else 1
+    inverses = np.array([pow(int(factor), -1, buckets) if buckets > 1 else 0 for factor in factors])
+    return Deal(documents, buckets, factors, inverses, shifts, seeded_key("inside", key))
+
+
+class PassOrder:
+    """The documents of one pass in the order of reading; empty ones have no place in the stream of tokens.
+
+    Args:
+        lengths: integers [documents], tokens of each document; a memory map will do.
+        key: in [0, 2^64), names the permutation.
+
+    Attributes:
+        deal: documents to buckets.
+        buckets: int32 [B], the order in which buckets are read.
+        bounds: int64 [B + 1]; bucket buckets[b] holds tokens [bounds[b], bounds[b + 1]) of the stream.
+    """
+
+    def __init__(self, lengths: np.ndarray, key: int) -> None:
+        self.lengths = lengths
+        self.deal = deal(key, len(lengths))
+        self.buckets = permutation(seeded_key("buckets", key), self.deal.buckets).astype(np.int32)
+        self.bounds = np.zeros(self.deal.buckets + 1, dtype=np.int64)
+        np.cumsum(self._tokens()[self.buckets], out=self.bounds[1:])
+
+    def _tokens(self) -> np.ndarray:
+        """Tokens of each bucket: int64 [B]."""
+        totals = np.zeros(self.deal.buckets)
+        for start in range(0, len(self.lengths), BLOCK):
+            block = self.lengths[start : start + BLOCK]
+            columns = np.arange(start // BUCKET, -(-(start + len(block)) // BUCKET))
+            places = self.deal.buckets_of(columns).reshape(-1)[: len(block)]
+            totals += np.bincount(places, weights=block, minlength=self.deal.buckets)
+        # Sums of floats, exact below 2^53.
+        return totals.astype(np.int64)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """All documents that have tokens, in order: int64 [D]."""
+        whole = np.concatenate([self.deal.content(bucket) for bucket in self.buckets.tolist()])
+        return whole[self.lengths[whole] > 0]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Tokens [start, stop) of the stream as (document, first token, end); less where the stream ends before."""
         stop = min(stop, int(self.bounds[-1]))
-        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        last = int(np.searchsorted(self.bounds, stop, side="left"))
-        bounds = self.bounds[first : last + 1].tolist()
-        return [
-            (document, max(start, begin) - begin, min(stop, end) - begin)
-            for document, (begin, end) in zip(self.documents[first:last].tolist(), pairwise(bounds), strict=True)
-        ]
+        pieces: list[tuple[int, int, int]] = []
+        place = int(self.bounds.searchsorted(start, side="right")) - 1
+        while start < stop:
+            base = int(self.bounds[place])
+            documents = self.deal.content(int(self.buckets[place]))
+            ends = np.add.accumulate(self.lengths[documents], dtype=np.int64)
+            first = int(ends.searchsorted(start - base, side="right"))
+            last = min(int(ends.searchsorted(stop - base, side="left")) + 1, len(documents))
+            bounds = [base + int(ends[first - 1]) if first else base, *(ends[first:last] + base).tolist()]
+            for document, (begin, end) in zip(documents[first:last].tolist(), pairwise(bounds), strict=True):
+                if begin < end:
+                    pieces.append((document, max(start, begin) - begin, min(stop, end) - begin))
+            start, place = max(start, bounds[-1]), place + 1
+        return pieces
+
+    def whole(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The documents of the buckets that lie within tokens [start, stop) entirely, some at a time, in any order."""
+        first, last = self._inside(start, stop)
+        for place in range(first, last, BLOCK // BUCKET):
+            yield self.deal.members(self.buckets[place : min(last, place + BLOCK // BUCKET)].astype(np.int64))
+
+    def edges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The pieces of tokens [start, stop) that `whole` leaves out."""
+        first, last = self._inside(start, stop)
+        if first == last:
+            return self.pieces(start, stop)
+        return self.pieces(start, int(self.bounds[first])) + self.pieces(int(self.bounds[last]), stop)
+
+    def _inside(self, start: int, stop: int) -> tuple[int, int]:
+        first = int(self.bounds.searchsorted(start, side="left"))
+        return first, max(first, int(self.bounds.searchsorted(stop, side="right")) - 1)
 
 
 def shuffled_pass(lengths: np.ndarray, seed: int, name: str, number: int) -> PassOrder:
-    """Pass `number` over the corpus `name`: a pure function of the arguments.
-
-    Args:
-        lengths: int64 [documents], tokens of each document.
-    """
-    documents = permutation(seeded_key("pass", seed, name, number), len(lengths))
-    documents = documents[lengths[documents] > 0]
-    bounds = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum(lengths[documents], out=bounds[1:])
-    return PassOrder(documents, bounds)
+    """Pass `number` over the corpus `name`: a pure function of the arguments."""
+    return PassOrder(lengths, seeded_key("pass", seed, name, number))

@@ -65,7 +65,7 @@ def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] 
     documents = plan.config.data.reset_attention_mask
     if not stage_reads_batches(documents):
         return None
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     size = plan.mixture.global_batch_size
     span = range(plan.first_iteration * size, plan.last_iteration * size)
     return micro_batches(dataset, batch_layout, span, plan.config.data.num_workers, documents)

@@ -12,7 +12,7 @@ import queue
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class TrainState:
         interval: sums since the last log line: {"sums": [[loss by source], [tokens by source]], "steps": n}.
         mixture: the mixture's fingerprint; its start and offsets say where it began.
         samples_by_source, tokens_by_source: samples and target tokens seen, by name.
+        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.Start`).
         identity: what a resumed run must share: architecture, vocabulary, tokenizer, precision, frozen layers.
         layout: ranks and threads; another layout resumes, within rounding.
     """
@@ -69,6 +70,7 @@ class TrainState:
     identity: dict[str, Any]
     layout: dict[str, Any]
     versions: dict[str, str]
+    position_by_source: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

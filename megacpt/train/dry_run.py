@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
+from megacpt.data.ledger import table
 from megacpt.data.table import aligned
 from megacpt.train.activations import stage_activations
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
@@ -30,7 +31,7 @@ def describe(plan: Plan) -> str:
     setting = Setting(plan.config, plan.architecture, plan.layout, plan.dtype)
     sections = [
         [*_model(setting), *_ranks(setting)],
-        plan.mixture.table().splitlines() + [f"note: {note}" for note in plan.notes],
+        table(plan.mixture).splitlines() + [f"note: {note}" for note in plan.notes],
         [*_steps(plan), *_schedule(plan), *_compute(plan), *_evaluation(plan)],
         list(_memory(setting)),
         [

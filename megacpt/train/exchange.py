@@ -1,6 +1,9 @@
 """Hugging Face folder to checkpoint and back, on any number of ranks: for tools/convert.py and `save.hf_every`."""
 
-from collections.abc import Callable, Sequence
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,22 @@ from megacpt.config.architecture import Architecture
 from megacpt.config.check import check_layout
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
+from megacpt.files import exclusive, write_json
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
-from megacpt.model.hf.export import SHARD_BYTES, Export, Ranks, check_output, export_model, model_card
+from megacpt.model.hf.companions import model_card
+from megacpt.model.hf.export import SHARD_BYTES, Export, check_output, export_model
 from megacpt.model.hf.families import family_for, family_of
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import Verdict, check_import
 from megacpt.model.hf.source import read_config
+from megacpt.model.hf.unfinished import Ranks, Report, describe_files, lock_of, take_up
+from megacpt.runtime.environment import version_of, versions
 from megacpt.train.checkpoint import TRACKER, find_checkpoint, read_state, save_weights
 from megacpt.train.origin import Origin, find_tokenizer, origin_of, provenance
 from megacpt.train.plan import fingerprint
 
-Report = Callable[[int], object]
+PASSED = "gate.json"
+"""In the hidden folder of an import: the verdict of the gate that it has passed."""
 GATE_SHAPE = (4, 64)
 """Sequences of the gate, and tokens in each."""
 GATE_TEXT = (
@@ -52,19 +60,69 @@ class Conversion:
 def import_model(origin: Origin, model: Model, job: Conversion, report: Report) -> tuple[Path, Verdict | None]:
     """Build the model on the process groups that are up, fill it, pass the gate, save its weights as a checkpoint.
 
+    A verdict of the gate is noted until the checkpoint is whole: after an interruption, the same command on the same
+    source fills and saves again, but does not repeat the gate.
+
     Raises:
-        UserError: the layout does not divide the model, the gate refuses, or the disk is full; nothing is left behind.
+        UserError: the layout does not divide the model, the gate refuses, the disk is full, or another process is
+            importing there; no part of a checkpoint is left behind.
     """
-    source, architecture = origin.source, origin.architecture
+    source, architecture, ranks = origin.source, origin.architecture, _ranks()
     assert source is not None
-    check_import_layout(origin, model, job.output)
     options = BuildOptions(job.dtype or source.dtype, restart_positions=False)
-    chunks = build_chunks(architecture, model, transformer_config(architecture, model, options), options)
-    fill_weights(chunks, source, report)
-    verdict = check_import(chunks, source, architecture, gate_tokens(origin)) if job.gate else None
-    folder = save_weights(job.output, chunks, lambda target: origin.write(target, architecture))
-    source.close()
+    noted = job.output / ".import.partial"
+    with ExitStack() as held:
+
+        def begin() -> Verdict | None:
+            check_import_layout(origin, model, job.output)
+            if ranks.rank:
+                return None
+            held.enter_context(exclusive(lock_of(noted), f"the import to {job.output}"))
+            check_import_layout(origin, model, job.output)
+            if not job.gate:
+                return None
+            held.callback(_remove_unless_passed, noted)
+            return _passed(noted) if take_up(noted, _import_record(origin, model, options.dtype)) else None
+
+        verdict = ranks.together(begin)[0]
+        chunks = build_chunks(architecture, model, transformer_config(architecture, model, options), options)
+        ranks.together(lambda: fill_weights(chunks, source, report.done))
+        if verdict is not None:
+            report.resumed(0, f"resuming: the weights of {source.folder} have passed the gate, which is not repeated")
+        elif job.gate:
+            verdict = check_import(chunks, source, architecture, gate_tokens(origin))
+            if ranks.rank == 0:
+                write_json(noted / PASSED, asdict(verdict))
+        folder = save_weights(job.output, chunks, lambda target: origin.write(target, architecture))
+        source.close()
+        if ranks.rank == 0:
+            shutil.rmtree(noted, ignore_errors=True)
     return folder, verdict
+
+
+def _import_record(origin: Origin, model: Model, dtype: torch.dtype) -> dict[str, Any]:
+    """All that the verdict of the gate depends on."""
+    return {
+        "versions": versions() | {name: version_of(name) for name in ("transformers", "gguf", "safetensors")},
+        "source": describe_files(p for p in origin.folder.iterdir() if p.is_file() and not p.name.startswith(".")),
+        "architecture": asdict(origin.architecture),
+        "dtype": str(dtype),
+        "layout": [dist.get_world_size(), model.tensor_model_parallel_size, model.pipeline_model_parallel_size],
+        "device": torch.cuda.get_device_name() if dist.get_backend() == "nccl" else "CPU",
+    }
+
+
+def _passed(noted: Path) -> Verdict | None:
+    """The verdict noted there; a gate that was interrupted, or refused, has left none."""
+    try:
+        return Verdict(**json.loads((noted / PASSED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remove_unless_passed(noted: Path) -> None:
+    if not (noted / PASSED).is_file():
+        shutil.rmtree(noted, ignore_errors=True)
 
 
 def check_import_layout(origin: Origin, model: Model, output: Path) -> None:
@@ -127,10 +185,17 @@ def export_checkpoint(checkpoint: Path, output: HFOutput, report: Report) -> Non
         dtype=output.dtype,
         shard_bytes=output.shard_bytes,
     )
-    if dist.is_initialized():
-        export_model(job, Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier), report)
-    else:
-        export_model(job, report=report)
+    export_model(job, _ranks(), report)
+
+
+def _ranks() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size(), _gather) if dist.is_initialized() else Ranks()
+
+
+def _gather(value: Any) -> list[Any]:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def architecture_in(checkpoint: Path) -> Architecture:

@@ -17,6 +17,7 @@ from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
 from megacpt.model.forward import Batch, run_batches
 from megacpt.model.gpt import LanguageModel
+from megacpt.model.hf.unfinished import Report
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import Beside, TrainState, save_checkpoint
@@ -159,24 +160,35 @@ class Job:
             self._export(folder)
         seconds = time.perf_counter() - began
         self.progress.interval_began += seconds
-        if self.log is not None:
-            self.log.say(f" saved {folder} in {seconds:.1f} s")
+        self._say(f" saved {folder} in {seconds:.1f} s")
+
+    def finish_export(self) -> None:
+        """Export the checkpoint that this run resumes from, where the run was stopped before it had done so."""
+        resume, began = self.plan.resume, time.perf_counter()
+        if resume is not None and self.plan.exports_after(resume.state.iteration):
+            self._export(resume.folder)
+        self.progress.interval_began += time.perf_counter() - began
 
     def _export(self, checkpoint: Path) -> None:
         folder = Path(self.plan.config.save.dir) / "hf" / checkpoint.name
         if folder.exists():
             return  # written before the run was resumed
-        export_checkpoint(checkpoint, HFOutput(folder), lambda count: None)
+        export_checkpoint(checkpoint, HFOutput(folder), Report(resumed=lambda _, sentence: self._say(f" {sentence}")))
+        self._say(f" exported {folder}")
+
+    def _say(self, sentence: str) -> None:
         if self.log is not None:
-            self.log.say(f" exported {folder}")
+            self.log.say(sentence)
 
     def _state(self) -> TrainState:
         progress, mixture, layout = self.progress, self.plan.mixture, self.plan.layout
         consumed = progress.iteration * mixture.global_batch_size
+        at = mixture.at(consumed)
         return TrainState(
             iteration=progress.iteration,
             consumed_samples=consumed,
-            samples_by_source=mixture.consumed(consumed),
+            samples_by_source=dict(at.consumed),
+            position_by_source=dict(at.position or {}),
             tokens_by_source=progress.former_tokens | dict(zip(self.sources, progress.tokens.tolist(), strict=True)),
             interval={"sums": progress.interval.tolist(), "steps": progress.interval_steps},
             mixture=mixture.fingerprint(),

@@ -6,6 +6,7 @@ from megacpt.train.job import Job
 def train(job: Job) -> None:
     """Train from where the job stands to the end of its plan."""
     plan = job.plan
+    job.finish_export()
     if plan.resume is None and plan.evaluates_after(0):
         job.evaluate()
     for iteration in range(plan.first_iteration + 1, plan.last_iteration + 1):

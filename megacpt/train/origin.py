@@ -11,8 +11,8 @@ from megacpt.config.architecture import Architecture, Base
 from megacpt.data.tokenizer import Tokenizer, load_tokenizer
 from megacpt.errors import UserError
 from megacpt.files import write_json
+from megacpt.model.hf.companions import copy_companions
 from megacpt.model.hf.config_json import architecture_from, config_for
-from megacpt.model.hf.export import copy_companions
 from megacpt.model.hf.families import family_of
 from megacpt.model.hf.gguf import write_tokenizer
 from megacpt.model.hf.source import Source, gguf_file, read_config

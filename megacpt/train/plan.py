@@ -11,8 +11,7 @@ import torch
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config
-from megacpt.data.blended import EvalSet
-from megacpt.data.indexed import IndexedDataset
+from megacpt.data.blended import Corpus, EvalSet
 from megacpt.data.mixture import Mixture
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
@@ -46,7 +45,7 @@ class Plan:
     architecture: Architecture
     vocabulary: Vocabulary
     mixture: Mixture
-    datasets: dict[str, IndexedDataset]
+    corpora: dict[str, Corpus]
     eval_sets: dict[str, EvalSet]
     schedule: LRSchedule
     resume: Resume | None

@@ -9,12 +9,9 @@ from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_arc
 from megacpt.config.check import check_config, check_micro_batches
 from megacpt.config.tree import Config
 from megacpt.data.batches import BatchLayout
-from megacpt.data.blended import EvalSet, SourceSpec, SourceStream, open_sources
-from megacpt.data.continuation import continuation, differences, start_of
+from megacpt.data.blended import Corpus, EvalSet, SourceStream
 from megacpt.data.indexed import IndexedDataset, bin_path
 from megacpt.data.manifest import read_manifest
-from megacpt.data.mixture import Budget, Mixture, Source, Start
-from megacpt.data.solve import solve
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
@@ -23,6 +20,7 @@ from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import find_checkpoint, read_state
 from megacpt.train.foreign import check_foreign, read_foreign
+from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.plan import Plan, Resume, Vocabulary
 from megacpt.train.schedule import LRSchedule
@@ -50,10 +48,10 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     layout.check()
     batches = BatchLayout(train.global_batch_size, train.micro_batch_size, 0, layout.data)
     check_micro_batches(config, batches.micro_batches)
-    specs = [SourceSpec(name, s.path, s.epochs, s.weight) for name, s in config.data.sources.items()]
-    sources, datasets = open_sources(specs)
-    held_out = {name: IndexedDataset(path) for name, path in config.eval.sets.items()}
-    vocabulary = _vocabulary(config, [s.path for s in specs] + list(config.eval.sets.values()))
+    named = named_sources(config.data)
+    corpora = open_corpora(named)
+    held_out = {name: Corpus.open(path) for name, path in config.eval.sets.items()}
+    vocabulary = _vocabulary(config, [s.path for s in named.values()] + list(config.eval.sets.values()))
     resume = _find_resume(config)
     origin = _origin(config, resume)
     architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
@@ -64,11 +62,11 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     if config.logging.wandb_project is not None and version_of("wandb") == "absent":
         raise UserError("logging.wandb_project is set, but wandb is not installed; install it or unset the key")
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
-    _check_tokens([*datasets.values(), *held_out.values()], architecture.vocab_size, vocabulary)
-
-    mixture, notes = _mixture(config, sources, resume)
+    datasets = [corpus.dataset for corpus in (*corpora.values(), *held_out.values())]
+    _check_tokens(datasets, architecture.vocab_size, vocabulary)
     dtype = torch.bfloat16 if (config.precision.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
     schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
+    mixture, notes = solve_mixture(config, corpora, schedule, resume)
     schedule.check(mixture.steps_available, train.global_batch_size)
     plan = Plan(
         config=config,
@@ -76,7 +74,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         architecture=architecture,
         vocabulary=vocabulary,
         mixture=mixture,
-        datasets=datasets,
+        corpora=corpora,
         eval_sets=_eval_sets(config, held_out, architecture),
         schedule=schedule,
         resume=resume,
@@ -89,28 +87,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     return plan
 
 
-def _mixture(config: Config, sources: Sequence[Source], resume: Resume | None) -> tuple[Mixture, tuple[str, ...]]:
-    """The solved mixture, and what to tell of it; on resume it is the checkpoint's or takes over from it."""
-    train = config.train
-    budget = Budget(train.train_iters, train.train_samples, train.train_tokens)
-    solved = (sources, config.data.seq_length, train.global_batch_size, train.seed, budget)
-    if resume is None:
-        return solve(*solved, Start()), ()
-    state = resume.state
-    mixture = solve(*solved, start_of(state.mixture))
-    changes = differences(state.mixture, mixture.fingerprint())
-    if not changes:
-        return mixture, ()
-    if not config.data.accept_change:
-        raise UserError(
-            f"the mixture is not the one of {resume.folder}: {'; '.join(changes)}; restore it, or set "
-            "data.accept_change=true to go on from what each source has consumed"
-        )
-    start = continuation(state.mixture, mixture.fingerprint(), state.consumed_samples, state.samples_by_source)
-    return solve(*solved, start), (f"mixture changed at sample {start.sample:,}: {'; '.join(changes)}",)
-
-
-def _eval_sets(config: Config, held_out: dict[str, IndexedDataset], architecture: Architecture) -> dict[str, EvalSet]:
+def _eval_sets(config: Config, held_out: dict[str, Corpus], architecture: Architecture) -> dict[str, EvalSet]:
     size, seed, vocabulary = config.data.seq_length, config.train.seed, architecture.vocab_size
     limit = config.eval.iters and config.eval.iters * config.train.global_batch_size
     streams = {name: SourceStream(data, name, size, seed, vocabulary) for name, data in held_out.items()}

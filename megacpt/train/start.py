@@ -41,7 +41,7 @@ def _import_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str:
     try:
         if not plan.config.init.gate:
             return f"NO GATE: whether the weights of {source.folder} were imported rightly has not been checked"
-        dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+        dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
         sequences, length = GATE_SHAPE
         tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
         return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))

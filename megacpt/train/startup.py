@@ -1,5 +1,6 @@
 """What a run says when it starts."""
 
+from megacpt.data.ledger import table
 from megacpt.model.build import slot_classes
 from megacpt.runtime.environment import describe_device, versions
 from megacpt.train.job import Job
@@ -25,7 +26,7 @@ def announce(job: Job) -> None:
     )
     for slot, name in slot_classes(job.chunks[0]).items():
         log.say(f"  {slot:<18} {name}")
-    for line in (*plan.mixture.table().splitlines(), *plan.notes):
+    for line in (*table(plan.mixture).splitlines(), *plan.notes):
         log.say(line)
     if plan.resume is None:
         start = plan.config.init.checkpoint or plan.config.init.hf

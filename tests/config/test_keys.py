@@ -42,8 +42,23 @@ model.recompute_method
 model.recompute_num_layers
 data.seq_length
 data.sources.NAME.path
+data.sources.NAME.subset
+data.sources.NAME.tokens
 data.sources.NAME.epochs
 data.sources.NAME.weight
+data.sources.NAME.redraw
+data.sources.NAME.repeat
+data.data_path
+data.mixture.preset
+data.mixture.replace
+data.mixture.with
+data.mixture.replay
+data.mixture.pass_tokens
+data.mixture.passes
+data.phases.after_tokens
+data.phases.when_lr_below
+data.phases.weights.NAME
+data.phases.replay
 data.reset_attention_mask
 data.reset_position_ids
 data.num_workers
@@ -108,7 +123,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = next(sections(field.annotation), None)
         named = str(field.annotation).startswith("dict[str")
-        path = f"{prefix}{name}" + (".NAME" if named else "")
+        path = f"{prefix}{field.alias or name}" + (".NAME" if named else "")
         if inner is None:
             yield path
         else:

@@ -9,25 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.data.batches import BatchLayout, ahead, collate, micro_batches
-from megacpt.data.blended import BlendedDataset, EvalSet, Sample, SourceSpec, SourceStream, open_sources
+from megacpt.data.blended import BlendedDataset, Corpus, EvalSet, Sample, SourceStream
 from megacpt.data.indexed import IndexedDataset
+from megacpt.data.mixture import Source
 from megacpt.data.order import PassOrder, shuffled_pass
 from megacpt.data.solve import solve
 from megacpt.errors import UserError
 
-Corpus = Callable[[Sequence[int]], IndexedDataset]
+Make = Callable[[Sequence[int]], IndexedDataset]
 VOCABULARY = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def blend(corpus: Corpus) -> BlendedDataset:
+def blend(corpus: Make) -> BlendedDataset:
     lengths = np.random.default_rng(0).integers(0, 30, (2, 60)).tolist()
-    specs = [
-        SourceSpec("a", corpus(lengths[0]).prefix, epochs=2),
-        SourceSpec("b", corpus(lengths[1]).prefix, weight=0.3),
+    corpora = {name: Corpus.open(corpus(part).prefix) for name, part in zip("ab", lengths, strict=True)}
+    sources = [
+        Source("a", len(corpora["a"]), corpora["a"].tokens, epochs=2),
+        Source("b", len(corpora["b"]), corpora["b"].tokens, weight=0.3),
     ]
-    sources, datasets = open_sources(specs)
-    return BlendedDataset(solve(sources, 16, 8, 7), datasets, VOCABULARY)
+    return BlendedDataset(solve(sources, 16, 8, 7), corpora, VOCABULARY)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
@@ -81,10 +82,10 @@ def test_collate_gives_shapes_dtypes_and_the_right_values(blend: BlendedDataset)
         assert batch["source"][i] == sample.source
 
 
-def test_positions_begin_again_in_every_document_and_in_padding(corpus: Corpus):
-    stream = SourceStream(corpus([3, 1, 4]), "x", 9, 1, VOCABULARY)
+def test_positions_begin_again_in_every_document_and_in_padding(corpus: Make):
+    stream = SourceStream(Corpus.open(corpus([3, 1, 4]).prefix), "x", 9, 1, VOCABULARY)
     lengths = stream.dataset.lengths[stream.order(0).documents].tolist()
-    batch = collate([stream.sample(0), stream.sample(0)], documents=True)
+    batch = collate([stream.sample(0, 0), stream.sample(0, 0)], documents=True)
     for row in range(2):
         assert batch["document_ids"][row].tolist() == [i for i, n in enumerate([*lengths, 1]) for _ in range(n)]
         assert batch["position_ids"][row].tolist() == [p for n in [*lengths, 1] for p in range(n)]
@@ -98,8 +99,8 @@ def test_positions_do_not_run_on_from_the_row_before():
     assert collate([sample, sample], documents=True)["position_ids"].tolist() == [[0, 1, 2]] * 2
 
 
-def test_eval_sets_of_any_size_fill_whole_batches(corpus: Corpus):
-    stream = SourceStream(corpus([50, 21]), "valid", 10, 1, VOCABULARY)
+def test_eval_sets_of_any_size_fill_whole_batches(corpus: Make):
+    stream = SourceStream(Corpus.open(corpus([50, 21]).prefix), "valid", 10, 1, VOCABULARY)
     ranks = [micro_batches(EvalSet(stream), BatchLayout(4, 2, rank, 2), range(len(EvalSet(stream)))) for rank in (0, 1)]
     masks = [batch["loss_mask"] for rank in ranks for batch in rank]
     assert len(masks) == 4
@@ -121,15 +122,15 @@ def test_reading_ahead_is_bounded_keeps_order_and_stops_when_closed():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_comes_out_in_its_turn(corpus: Corpus, workers: int):
-    stream = SourceStream(corpus([100]), "x", 10, 1, vocab_size=55)
+def test_an_error_comes_out_in_its_turn(corpus: Make, workers: int):
+    stream = SourceStream(Corpus.open(corpus([100]).prefix), "x", 10, 1, vocab_size=55)
     iterator = micro_batches(EvalSet(stream), BatchLayout(1, 1), range(10), workers)
     assert sum(1 for _ in zip(range(5), iterator, strict=False)) == 5
     with pytest.raises(UserError, match="holds token 55"):
         next(iterator)
 
 
-def test_threads_shuffle_a_pass_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
+def test_threads_shuffle_a_pass_once(corpus: Make, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
     def slow(lengths: np.ndarray, seed: int, name: str, number: int) -> PassOrder:
@@ -138,6 +139,6 @@ def test_threads_shuffle_a_pass_once(corpus: Corpus, monkeypatch: pytest.MonkeyP
         return shuffled_pass(lengths, seed, name, number)
 
     monkeypatch.setattr("megacpt.data.blended.shuffled_pass", slow)
-    stream = SourceStream(corpus([40, 40]), "x", 10, 1, VOCABULARY)
-    list(ahead(stream.sample, range(16), workers=4))
+    stream = SourceStream(Corpus.open(corpus([40, 40]).prefix), "x", 10, 1, VOCABULARY)
+    list(ahead(lambda k: stream.sample(*divmod(k, 8)), range(16), workers=4))
     assert calls == [0, 1]

@@ -51,13 +51,14 @@ def changed(mixture: Mixture, sources: list[Source], sample: int) -> Mixture:
     """What a run does that resumes at `sample` with other sources."""
     old = mixture.fingerprint()
     new = solve(sources, 10, 8, 1, start=start_of(old)).fingerprint()
-    return solve(sources, 10, 8, 1, start=continuation(old, new, sample, mixture.consumed(sample)))
+    return solve(sources, 10, 8, 1, start=continuation(old, new, mixture.at(sample)))
 
 
 def taken(mixture: Mixture, start: int, stop: int) -> list[tuple[str, int]]:
     """The samples of a stretch of the run as (source, sample of the source)."""
     located = (mixture.locate(k) for k in range(start, stop))
-    return [(mixture.sources[source].name, j) for source, j in located]
+    sizes = [draw.size for draw in mixture.segments[0].draws]
+    return [(mixture.sources[source].name, number * sizes[source] + row) for source, number, row in located]
 
 
 @given(st.integers(1, 24), st.integers(1, 12), st.sampled_from([0.0, 0.05, 0.3, 0.6]), st.integers(2, 5))
@@ -93,9 +94,10 @@ def test_a_finished_run_goes_on_after_its_fill():
 )
 def test_changes_that_reshuffle_what_is_under_way_are_refused(new: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
-        continuation(fingerprint(MEDICAL, GENERAL), new, 80, {"medical": 66, "general": 14})
+        continuation(fingerprint(MEDICAL, GENERAL), new, Start(80, {"medical": 66, "general": 14}))
 
 
 def test_a_corpus_may_change_before_its_first_sample():
     old, new = fingerprint(MEDICAL, GENERAL), fingerprint(MEDICAL, replace(GENERAL, documents=21))
-    assert continuation(old, new, 80, {"medical": 80, "general": 0}) == Start(80, {"medical": 80, "general": 0})
+    at = Start(80, {"medical": 80, "general": 0})
+    assert continuation(old, new, at) == at

@@ -183,7 +183,7 @@ def test_documents_of_scattered_sequences(prefix):
 def test_token_out_of_vocabulary_names_its_document(prefix):
     IndexedDataset(prefix).check_vocabulary(6)
     with pytest.raises(UserError, match=r"a\.b\.bin: document 1 holds token 5, but the vocabulary has 5"):
-        IndexedDataset(prefix).check_vocabulary(5, block=2)
+        IndexedDataset(prefix).check_vocabulary(5)
 
 
 def test_negative_token(tmp_path):

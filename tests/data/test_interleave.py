@@ -1,6 +1,5 @@
 from math import ceil, log2
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,20 +26,6 @@ def test_exact_counts_every_index_in_turn_and_low_discrepancy(shares: list[int],
             assert abs(count * total - (k + 1) * share) <= levels * total
         if k + 1 == total:
             assert counts == shares
-
-
-@given(SHARES, SEEDS, st.lists(st.integers(0, 1 << 40), max_size=30))
-def test_arrays_agree_with_scalars(shares: list[int], seed: int, items: list[int]):
-    interleaving = build(shares, seed)
-    source, index = interleaving.locate_many(np.array(items, dtype=np.int64))
-    assert list(zip(source.tolist(), index.tolist(), strict=True)) == [interleaving.locate(k) for k in items]
-
-
-def test_arrays_are_exact_beyond_64_bits():
-    interleaving = build([3 << 40, 5 << 41, 1], 1)
-    items = np.array([0, 1 << 42, (1 << 43) + 12345], dtype=np.int64)
-    source, index = interleaving.locate_many(items)
-    assert list(zip(source.tolist(), index.tolist(), strict=True)) == [interleaving.locate(k) for k in items.tolist()]
 
 
 @given(SHARES, SEEDS)

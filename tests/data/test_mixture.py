@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+from megacpt.data.ledger import table
 from megacpt.data.mixture import Budget, Source, Start
 from megacpt.data.solve import solve
 
@@ -8,7 +9,7 @@ GENERAL = Source("general", documents=9876, tokens=4_000_000, weight=0.18)
 
 
 def test_the_table():
-    assert solve([MEDICAL, GENERAL], 256, 8, 1234).table().splitlines() == [
+    assert table(solve([MEDICAL, GENERAL], 256, 8, 1234)).splitlines() == [
         "source   documents     tokens  samples/pass  samples    share  epochs",
         "─" * 69,
         "medical      1,300  1,234,567         4,823    9,646   82.00%       2",
@@ -21,7 +22,7 @@ def test_the_table():
 
 
 def test_the_table_tells_of_an_early_stop_instead_of_the_fill():
-    assert solve([MEDICAL, GENERAL], 256, 8, 1234, Budget(train_iters=500)).table().splitlines()[6:] == [
+    assert table(solve([MEDICAL, GENERAL], 256, 8, 1234, Budget(train_iters=500))).splitlines()[6:] == [
         "steps: 1,471 of 8 samples x 256 tokens",
         "stops early after step 500, at epochs: medical 0.68, general 0.05",
         "last batch: full",
@@ -31,7 +32,7 @@ def test_the_table_tells_of_an_early_stop_instead_of_the_fill():
 def test_the_table_tells_of_a_takeover_and_of_unused_sources():
     start = Start(4000, {"medical": 3280, "general": 720})
     sources = [replace(MEDICAL, epochs=1), replace(GENERAL, weight=0.5), replace(GENERAL, name="off", weight=0.0)]
-    lines = solve(sources, 256, 8, 1234, start=start).table().splitlines()
+    lines = table(solve(sources, 256, 8, 1234, start=start)).splitlines()
     assert lines[2].split()[-3:] == ["1,543", "50.00%", "1"]
     assert lines[7:] == [
         "begins at sample 4,000 of the run, after medical 3,280, general 720; epochs include these",

@@ -149,7 +149,7 @@ def train_llama(model: torch.nn.Module, plan: Plan) -> History:
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
     )
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     size = plan.config.train.global_batch_size
     history = []
     for iteration in range(STEPS):

@@ -75,12 +75,13 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def to_pickle(folder: Path, extra: object = None) -> None:
-    """The model as pytorch_model.bin, with or without an object that is no tensor."""
+def to_pickle(folder: Path, extra: object = None, archive: bool = True) -> None:
+    """The model as pytorch_model.bin, with or without an object that is no tensor; in torch's old format as well."""
     tensors: dict[str, Any] = tensors_of(folder)
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink()
-    torch.save(tensors if extra is None else tensors | {"extra": extra}, folder / "pytorch_model.bin")
+    held = tensors if extra is None else tensors | {"extra": extra}
+    torch.save(held, folder / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
 
 
 def bits(tensors: dict[str, torch.Tensor]) -> None:
@@ -143,13 +144,14 @@ def test_a_broken_folder_gets_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pickle_of_tensors_is_read(healthy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_pickle_of_tensors_is_read(healthy: Path, tmp_path: Path, archive: bool) -> None:
     from megacpt.model.hf.source import Source
 
     folder = tmp_path / "model"
     shutil.copytree(healthy, folder)
     before = Source(folder)
-    to_pickle(folder)
+    to_pickle(folder, archive=archive)
     after = Source(folder)
     assert before.tensors.keys() == after.tensors.keys()
     part = (slice(3, 9), slice(0, 7))

@@ -15,6 +15,7 @@ import yaml
 
 from megacpt.config.load import load_config
 from megacpt.data.indexed import write_dataset
+from megacpt.data.ledger import table
 from megacpt.train.__main__ import main
 from megacpt.train.dry_run import evaluation_cost, flops, size
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
@@ -141,7 +142,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 def test_the_report_shows_the_plan(config: Path, report: Callable[..., str]) -> None:
     text, plan = report(), plan_of(config)
-    assert plan.mixture.table() in text
+    assert table(plan.mixture) in text
     assert f"fingerprint {fingerprint(plan.mixture.fingerprint())}" in text
     assert f"{plan.mixture.steps:,} of 8 samples x 32 tokens" in text
     assert f"warm-up over {0.1 * plan.mixture.steps:g} iterations, from 0 to the peak 0.0003" in text

@@ -45,6 +45,21 @@ def test_resume_is_bit_identical_across_a_pass(corpora: Path) -> None:
     assert set(facts["steps"]) == {float(facts["iteration"])}
 
 
+def test_resume_in_the_middle_of_the_third_pass_of_a_mixture_is_bit_identical(corpora: Path) -> None:
+    """The domain is drawn anew each pass, the general part is the first pass's, and a phase begins with pass 4."""
+    passes = tiny.passes(corpora)
+    passes["data"]["phases"] = [{"after_tokens": 3 * 64 * 32, "replay": 0.5}]
+    passes["eval"] = {"every": 4}
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic", passes), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic_parts", passes, {"train": {"train_iters": 20}}), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic_parts", passes), 1)
+    whole = tiny.rows(corpora / "dynamic")
+    assert tiny.rows(corpora / "dynamic_parts") == whole
+    training = [row for row in whole if "lm_loss" in row]
+    tokens = np.array([[row["tokens_by_source"][name] for name in ("medical", "general")] for row in training])
+    assert tokens.reshape(4, 8, 2).sum(axis=1).tolist() == [[48 * 32, 16 * 32]] * 3 + [[32 * 32, 32 * 32]]
+
+
 def test_resume_is_bit_identical_between_log_lines(corpora: Path) -> None:
     slow = {"train": {"log_interval": 5}}
     run_ranks(tiny.train_here, 1, tiny.tree(corpora, "whole5", slow), 1)

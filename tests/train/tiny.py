@@ -65,6 +65,19 @@ def tree(folder: Path, run: str, *changes: Tree) -> Tree:
     return base
 
 
+def passes(folder: Path) -> Tree:
+    """Changes to four passes of 64 samples: three quarters of a new draw of medicine, one of the same general part."""
+    return {
+        "data": {
+            "sources": {
+                "medical": {"path": str(folder / "medical"), "epochs": None},
+                "general": {"path": str(folder / "general"), "weight": None, "redraw": "once"},
+            },
+            "mixture": {"with": "medical", "replay": 0.25, "pass_tokens": 64 * 32, "passes": 4},
+        },
+    }
+
+
 def _lay(base: Tree, change: Tree) -> None:
     for key, value in change.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):

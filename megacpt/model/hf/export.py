@@ -1,26 +1,32 @@
 """Export: a torch_dist checkpoint to a Hugging Face folder, tensor by tensor and file by file.
 
-Every process writes its share of the files; the folder appears whole, under its name, when all are written.
+Every process writes its share of the files; the folder appears whole, under its name, when all are written. A file too
+is whole or not there, so that the same command after an interruption writes only those that are missing.
 """
 
-import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
+import megacpt
 from megacpt.config.architecture import Architecture
-from megacpt.errors import UserError
-from megacpt.files import disk_errors, sync_directory, write_json, write_text
+from megacpt.errors import DiskError, UserError
+from megacpt.files import disk_errors, exclusive, sync_directory, write_json, write_text
+from megacpt.model.hf.companions import copy_companions
 from megacpt.model.hf.config_json import config_for
 from megacpt.model.hf.rows import places
-from megacpt.model.hf.source import COMPANIONS
 from megacpt.model.hf.stored import StoredTensors
 from megacpt.model.hf.table import Family, Home
+from megacpt.model.hf.unfinished import RECORD, Ranks, Report, describe_files, lock_of, take_up
+from megacpt.model.hf.weight_files import Safetensors
 
 SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -51,15 +57,6 @@ class Export:
     shard_bytes: int = SHARD_BYTES
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that export together; `barrier` waits for all."""
-
-    rank: int = 0
-    world_size: int = 1
-    barrier: Callable[[], object] = field(default=lambda: None)
-
-
 def check_output(output: Path) -> None:
     """Refuse to mix an export with what is there.
 
@@ -70,40 +67,115 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: already there; choose another --output or remove it")
 
 
-def export_model(job: Export, ranks: Ranks = Ranks(), report: Callable[[int], object] = lambda count: None) -> None:
-    """Write the folder; `report` is called with the parameters of every tensor written.
+@dataclass(frozen=True)
+class _Contents:
+    """The tensors, their dtype, and the weight files with the tensors of each."""
+
+    homes: dict[str, Home]
+    dtype: torch.dtype
+    files: dict[str, list[str]]
+
+    def parameters(self, files: Iterable[str]) -> int:
+        """Number of parameters in some of the files."""
+        return sum(torch.Size(self.homes[name].shape).numel() for file in files for name in self.files[file])
+
+
+def export_model(job: Export, ranks: Ranks, report: Report) -> None:
+    """Write the folder. Files that an interrupted export of the same job finished are kept, the others written.
 
     Raises:
-        UserError: the checkpoint lacks a tensor or is damaged, or the disk is full; then nothing is left behind.
+        UserError: the checkpoint lacks a tensor or is damaged (then nothing is left behind), another process is
+            exporting there, or the disk is full (then what is finished stays).
     """
     check_output(job.output)
     stored = StoredTensors(job.checkpoint)
+    contents = _contents(job, stored)
+    partial = job.output.with_name(f".{job.output.name}.partial")
+    with ExitStack() as held:
+
+        def begin() -> list[str]:
+            if ranks.rank:
+                return []
+            held.enter_context(exclusive(lock_of(partial), f"the export to {job.output}"))
+            check_output(job.output)
+            take_up(partial, _record(job, contents))
+            return _finished(partial, contents)
+
+        def write() -> None:
+            for number, file in enumerate(missing):
+                if number % ranks.world_size == ranks.rank:
+                    _write_file(partial / file, contents, stored, job, report.done)
+
+        def finish() -> None:
+            if ranks.rank == 0:
+                with disk_errors(job.output):
+                    _write_rest(partial, contents, job)
+                    _publish(partial, job.output)
+
+        finished = ranks.together(begin)[0]
+        missing = [file for file in contents.files if file not in finished]
+        if finished:
+            sentence = f"resuming: {len(finished)} of {len(contents.files)} weight files of {job.output} are finished"
+            report.resumed(contents.parameters(finished) // ranks.world_size, sentence)
+        try:
+            ranks.together(write)
+            ranks.together(finish)
+        except DiskError:
+            raise
+        except UserError:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _contents(job: Export, stored: StoredTensors) -> _Contents:
     homes = job.family.tensors(job.architecture)
     for home in homes.values():
         _check_shape(stored, home, job)
     dtype = job.dtype or stored.dtype(next(iter(homes.values())).weight.key)
-    files = plan_files(homes, dtype.itemsize, job.shard_bytes)
-    partial = job.output.with_name(f".{job.output.name}.partial")
-    with disk_errors(job.output):
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        ranks.barrier()
-        try:
-            for number, (file, names) in enumerate(files.items()):
-                if number % ranks.world_size == ranks.rank:
-                    _write_file(partial / file, names, homes, stored, dtype, job, report)
-            ranks.barrier()
-            if ranks.rank == 0:
-                _write_rest(partial, files, homes, dtype, job)
-                if job.output.is_dir():
-                    job.output.rmdir()
-                os.rename(partial, job.output)
-                sync_directory(job.output.parent)
-            ranks.barrier()
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    return _Contents(homes, dtype, plan_files(homes, dtype.itemsize, job.shard_bytes))
+
+
+def _record(job: Export, contents: _Contents) -> dict[str, Any]:
+    """All that the bytes of the weight files depend on; the small files are written anew in any case."""
+    return {
+        "versions": {module.__name__: module.__version__ for module in (megacpt, torch, safetensors)},
+        "checkpoint": describe_files(path for path in job.checkpoint.rglob("*") if path.is_file()),
+        "family": job.family.architecture,
+        "architecture": asdict(job.architecture),
+        "dtype": DTYPE_NAMES[contents.dtype],
+        "files": contents.files,
+    }
+
+
+def _finished(partial: Path, contents: _Contents) -> list[str]:
+    """Planned files that are there and whole; whatever else the folder holds, but for the record, is removed."""
+    found = []
+    with disk_errors(partial):
+        for path in sorted(partial.iterdir()):
+            names = contents.files.get(path.name, ())
+            if names and _header(path) == {name: (contents.dtype, contents.homes[name].shape) for name in names}:
+                found.append(path.name)
+            elif path.name != RECORD:
+                path.unlink()
+    return found
+
+
+def _header(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Dtype and shape of each tensor in a safetensors file; nothing where it is no whole one."""
+    try:
+        described = Safetensors({path: None}).describe()
+    except UserError:
+        return {}
+    return {name: (info.dtype, info.shape) for name, info in described.items()}
+
+
+def _publish(partial: Path, output: Path) -> None:
+    (partial / RECORD).unlink()
+    if output.is_dir():
+        output.rmdir()
+    os.rename(partial, output)
+    sync_directory(output.parent)
 
 
 def _check_shape(stored: StoredTensors, home: Home, job: Export) -> None:
@@ -136,24 +208,34 @@ def plan_files(homes: Mapping[str, Home], itemsize: int, limit: int) -> dict[str
 
 
 def _write_file(
-    path: Path,
-    names: Sequence[str],
-    homes: Mapping[str, Home],
-    stored: StoredTensors,
-    dtype: torch.dtype,
-    job: Export,
-    report: Callable[[int], object],
+    path: Path, contents: _Contents, stored: StoredTensors, job: Export, done: Callable[[int], object]
 ) -> None:
-    import safetensors.torch
-
     tensors = {}
-    for name, tensor in read_tensors({name: homes[name] for name in names}, stored, job.architecture):
-        tensors[name] = tensor.to(dtype).contiguous()
-        report(tensor.numel())
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    # The library makes files that only their owner may read.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    sync_directory(path)
+    homes = {name: contents.homes[name] for name in contents.files[path.name]}
+    for name, tensor in read_tensors(homes, stored, job.architecture):
+        tensors[name] = tensor.to(contents.dtype).contiguous()
+        done(tensor.numel())
+    with disk_errors(job.output):
+        _save_atomically(tensors, path)
+
+
+def _save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        # The library makes files that only their owner may read.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        sync_directory(temporary)
+        os.rename(temporary, path)
+    except safetensors.SafetensorError as error:
+        # The library passes the system's errors on as text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def read_tensors(
@@ -176,15 +258,12 @@ def read_tensors(
         yield name, tensor
 
 
-def _write_rest(
-    folder: Path, files: Mapping[str, Sequence[str]], homes: Mapping[str, Home], dtype: torch.dtype, job: Export
-) -> None:
+def _write_rest(folder: Path, contents: _Contents, job: Export) -> None:
+    files, dtype = contents.files, contents.dtype
     if len(files) > 1:
-        total = sum(int(torch.Size(home.shape).numel()) for home in homes.values()) * dtype.itemsize
+        metadata = {"total_size": contents.parameters(files) * dtype.itemsize}
         weight_map = {name: file for file, names in files.items() for name in names}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
     config = config_for(job.architecture, job.base, job.family)
     # transformers 5 writes dtype, 4 torch_dtype; both read the latter.
     config.pop("dtype", None)
@@ -196,33 +275,3 @@ def _write_rest(
         }
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     write_text(folder / "README.md", job.card)
-
-
-def copy_companions(source: Path | None, folder: Path, skip: Sequence[str] = ()) -> None:
-    """Copy the small files of a Hugging Face folder."""
-    for name in COMPANIONS if source is not None else ():
-        assert source is not None
-        if name not in skip and (source / name).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-
-
-def model_card(base: str | None, state: Mapping[str, Any] | None, checkpoint: Path, version: str) -> str:
-    """README.md of an exported model: where its weights come from.
-
-    Args:
-        state: what megacpt.json in the checkpoint holds, or None where nothing was trained.
-    """
-    front = {"library_name": "transformers", "tags": ["megacpt", "continual-pretraining"]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", "# Model card", ""]
-    lines += [f"Written by megacpt {version} from checkpoint `{checkpoint.name}`.", "", "| what | value |", "|---|---|"]
-    lines += [f"| base model | {base or 'none: trained from fresh weights'} |"]
-    if state is None or not state["iteration"]:
-        return "\n".join([*lines, "| training | none: the base model's weights |", ""])
-    lines += [
-        f"| steps | {state['iteration']:,} |",
-        f"| samples | {state['consumed_samples']:,} |",
-        f"| data fingerprint | `{state['data']}` |",
-    ]
-    lines += [f"| tokens of {name} | {count:,} |" for name, count in state["tokens_by_source"].items()]
-    return "\n".join([*lines, ""])

@@ -1,7 +1,4 @@
-"""A Hugging Face model folder: its configuration, and its tensors checked against it and read slice by slice.
-
-A GGUF file is dequantised whole by transformers, which also undoes its permutation of query and key rows.
-"""
+"""A Hugging Face model folder: its configuration, and its tensors checked against it and read slice by slice."""
 
 import json
 from collections.abc import Mapping
@@ -14,20 +11,6 @@ from megacpt.errors import UserError
 from megacpt.model.hf.config_json import architecture_from
 from megacpt.model.hf.families import family_of
 from megacpt.model.hf.weight_files import Pickles, Safetensors, TensorInfo, WeightFiles
-
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Small files that belong to a model besides its weights."""
 
 
 class Source:

@@ -75,7 +75,11 @@ class Safetensors:
 
 
 class Pickles:
-    """`.bin` files through the restricted unpickler, which builds tensors and refuses everything else."""
+    """`.bin` files through the restricted unpickler, which builds tensors and refuses everything else.
+
+    Tensors are mapped, and only the pages of the slices that are wanted get read; a file in torch's format from before
+    version 1.6 cannot be mapped and is read whole.
+    """
 
     def __init__(self, files: Mapping[Path, set[str] | None]) -> None:
         self.files, self._path = files, None  # type: tuple[Any, Any]
@@ -86,7 +90,7 @@ class Pickles:
         if path != self._path:
             self.close()
             try:
-                held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
             except pickle.UnpicklingError as error:
                 raise UserError(
                     f"{path}: a pickle that holds more than tensors, which could run code; convert the model to "
@@ -116,6 +120,11 @@ class Pickles:
 
     def close(self) -> None:
         self._held, self._path = {}, None
+
+
+def _is_archive(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        return handle.read(2) == b"PK"
 
 
 def _compare_with_index(path: Path, promised: set[str] | None, found: set[str]) -> None:

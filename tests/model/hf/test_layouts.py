@@ -16,6 +16,7 @@ from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.families import FAMILIES
 from megacpt.model.hf.fill import Target, fill_target, fill_weights, targets
 from megacpt.model.hf.gate import _forward, check_import
+from megacpt.model.hf.unfinished import Report
 from megacpt.runtime.setup import Layout, setup
 from megacpt.train.checkpoint import save_weights
 from megacpt.train.exchange import HFOutput, export_checkpoint
@@ -91,7 +92,7 @@ def convert_all(models: Path, exports: Path, cut: Cut) -> dict[str, torch.Tensor
         write_base = partial(origin.write, architecture=origin.architecture)
         folder = save_weights(exports / f"{kind}_checkpoint", chunks, write_base)
         output = HFOutput(exports / kind, shard_bytes=200_000)
-        export_checkpoint(folder, output, lambda count: None)
+        export_checkpoint(folder, output, Report())
     return results
 
 

@@ -1,8 +1,13 @@
-"""Import's peak memory: the rank's own parameters, and no more than 1.3 times the largest file of the source."""
+"""Import's peak memory, by format: the rank's own parameters, and at most 1.3 times the source's largest file."""
 
+import json
+import shutil
 from pathlib import Path
 
+import gguf
 import pytest
+import safetensors.torch
+import torch
 import torch.distributed as dist
 
 from megacpt.config.tree import Model
@@ -10,7 +15,7 @@ from megacpt.model.build import BuildOptions, build_chunks, transformer_config
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.source import Source
 from megacpt.runtime.setup import Layout, setup
-from tests.model.hf.models import make_model
+from tests.model.hf.models import make_model, write_gguf
 from tests.ranks import run_ranks
 
 STATUS = Path("/proc/self/status")
@@ -38,12 +43,38 @@ def import_here(folder: Path, tp: int, pp: int) -> dict[str, int]:
     return {"rank": rank.rank, "rise": resident("VmHWM") - before, "own": own}
 
 
+def in_files(source: Path, kind: str, folder: Path) -> Path:
+    """The model in other files: a `.bin` for each safetensors file, or one GGUF file."""
+    if kind == "safetensors":
+        return source
+    folder.mkdir()
+    if kind == "gguf":
+        return write_gguf(source, folder, gguf.GGMLQuantizationType.Q8_0)
+    index = json.loads((source / "model.safetensors.index.json").read_text().replace(".safetensors", ".bin"))
+    for path in source.glob("*.safetensors"):
+        torch.save(safetensors.torch.load_file(path), folder / path.with_suffix(".bin").name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shutil.copy(source / "config.json", folder)
+    return folder
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
-def test_peak_memory_of_an_import(tp: int, pp: int, source: Path) -> None:
-    shard = max(path.stat().st_size for path in source.glob("*.safetensors"))
-    for found in run_ranks(import_here, tp * pp, source, tp, pp):
-        print(f"TP {tp} PP {pp}: {found}, largest shard {shard}")
+@pytest.mark.parametrize(
+    ("kind", "tp", "pp"),
+    [
+        ("safetensors", 1, 1),
+        ("safetensors", 2, 1),
+        ("safetensors", 1, 2),
+        ("bin", 2, 1),
+        ("gguf", 1, 1),
+        ("gguf", 2, 1),
+    ],
+)
+def test_peak_memory_of_an_import(kind: str, tp: int, pp: int, source: Path, tmp_path: Path) -> None:
+    folder = in_files(source, kind, tmp_path / kind)
+    shard = max(path.stat().st_size for path in folder.iterdir())
+    for found in run_ranks(import_here, tp * pp, folder, tp, pp):
+        print(f"{kind} TP {tp} PP {pp}: {found}, largest file {shard}")
         assert found["own"] < found["rise"] <= found["own"] + 1.3 * shard
 
 

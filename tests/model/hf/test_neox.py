@@ -22,6 +22,7 @@ from megacpt.model.hf.families import LLAMA, NEOX, family_for
 from megacpt.model.hf.fill import fill_weights, targets
 from megacpt.model.hf.gate import check_import
 from megacpt.model.hf.source import Source
+from megacpt.model.hf.unfinished import Report
 from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.origin import open_hf
 from megacpt.train.planning import make_plan
@@ -96,9 +97,7 @@ def test_twenty_steps_change_layout_half_way(
         config = configuration(folder, kind, run, layout, optimizer)
         history += run_ranks(steps_then_save, world, config, end)[0]
     assert relative_difference(history, expected) < TOLERANCE
-    export_checkpoint(
-        folder / run / "checkpoints" / f"iter_{STEPS:07d}", HFOutput(folder / run / "out"), lambda count: None
-    )
+    export_checkpoint(folder / run / "checkpoints" / f"iter_{STEPS:07d}", HFOutput(folder / run / "out"), Report())
     found, weights = tensors_of(folder / run / "out"), tensors_of(folder / f"{kind}-trained")
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
@@ -110,9 +109,9 @@ def test_twenty_steps_change_layout_half_way(
 def test_a_model_from_fresh_weights_is_exported(tmp_path: Path) -> None:
     config = small_config(tmp_path, NEOX_KEYS)
     run_ranks(steps_then_save, 1, config, 1)
-    export_checkpoint(tmp_path / "run/checkpoints/iter_0000001", HFOutput(tmp_path / "out"), lambda count: None)
+    export_checkpoint(tmp_path / "run/checkpoints/iter_0000001", HFOutput(tmp_path / "out"), Report())
     plan = make_plan(config, 1, on_gpu=False)
-    dataset = BlendedDataset(plan.mixture, plan.datasets, plan.architecture.vocab_size)
+    dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     batch = collate([dataset.sample(k) for k in range(8, 16)])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():

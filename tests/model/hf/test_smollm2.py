@@ -23,6 +23,7 @@ from megacpt.data.indexed import write_dataset
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
 from megacpt.model.hf.fill import fill_weights
+from megacpt.model.hf.unfinished import Report
 from megacpt.runtime.setup import Layout, setup
 from megacpt.train.exchange import Conversion, HFOutput, export_checkpoint, import_model
 from megacpt.train.origin import open_hf
@@ -61,8 +62,8 @@ def import_and_export(gguf: Path, output: Path) -> str:
     """GGUF to checkpoint (with the gate) to a Hugging Face folder; the gate's verdict."""
     origin = open_hf(gguf)
     setup(Layout(1), seed=0, threads=2)
-    folder, verdict = import_model(origin, Model(), Conversion(output / "checkpoint"), lambda count: None)
-    export_checkpoint(folder, HFOutput(output / "model", shard_bytes=200_000_000), lambda count: None)
+    folder, verdict = import_model(origin, Model(), Conversion(output / "checkpoint"), Report())
+    export_checkpoint(folder, HFOutput(output / "model", shard_bytes=200_000_000), Report())
     return str(verdict)
 
 

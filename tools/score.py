@@ -1,0 +1,141 @@
+"""Score every document of a corpus: SCORES (one float32 per document of the .idx, in its order) and SCORES.json.
+
+    kenlm          perplexity under tools/train_kenlm.py's model; lower is better
+    dsir           log importance weight by hashed n-grams against --reference (arXiv 2302.03169); higher is better
+    column:NAME    the number that each row has under NAME
+
+Give --input with the files and row options of tools/preprocess.py, or --data PREFIX to decode a token dataset. A run
+that was killed goes on where it was when the same command is given again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megacpt.data.corpora import Corpus, TextFiles, TokenDataset
+from megacpt.data.filtering import DEDUP
+from megacpt.data.histogram import plot_scores
+from megacpt.data.manifest import Filters
+from megacpt.data.normalize import Normalization, spelled_normalization
+from megacpt.data.pool import ENGINES
+from megacpt.data.score_run import ScoreJob, score
+from megacpt.data.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
+from megacpt.data.scores import ScoresManifest, map_values
+from megacpt.data.scoring import ScorerSpec
+from megacpt.errors import UserError
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; --help says what each option means."""
+    parser = argparse.ArgumentParser(
+        description="Score every document of a corpus.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    corpus = parser.add_mutually_exclusive_group(required=True)
+    corpus.add_argument("--input", nargs="+", metavar="FILE|DIR|GLOB", help="text, as given to tools/preprocess.py")
+    corpus.add_argument("--data", metavar="PREFIX", help="a token dataset, to be decoded")
+    add("--tokenizer-model", metavar="PATH", help="the tokenizer that made --data")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="as in preprocessing; the first is scored")
+    add("--skip-invalid", action="store_true", help="as in preprocessing")
+    add("--min-chars", type=int, default=0, metavar="N", help="as in preprocessing")
+    add("--dedup", choices=DEDUP, default="none", help="as in preprocessing")
+    add(
+        "--output", required=True, type=Path, metavar="SCORES", help="raw float32, or NumPy's format if it ends in .npy"
+    )
+    add("--scorer", default="kenlm", metavar="kenlm|dsir|column:NAME", help="how documents are scored")
+    add("--model", type=Path, metavar="MODEL", help="kenlm: the model, with MODEL.json beside it")
+    add(
+        "--normalization", metavar="STEPS", help="kenlm: of a model without a record: ccnet, or steps such as lowercase"
+    )
+    add(
+        "--reference", nargs="+", default=[], metavar="FILE", help="dsir: text that the corpus should come to look like"
+    )
+    add("--raw-megabytes", type=int, default=64, metavar="MB", help="dsir: how much of the corpus is sampled")
+    add("--length-normalized", action="store_true", help="dsir: mean over n-grams instead of the sum")
+    add(
+        "--eval-set",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="dsir: note where the reference has its items",
+    )
+    add("--lower-is-better", action="store_true", help="column: small numbers are the good ones")
+    add("--workers", type=int, default=1, metavar="N", help="processes (on Ray tasks); scores do not depend on it")
+    add("--engine", choices=ENGINES, default="local", help="ray: on the cluster at RAY_ADDRESS, or one started here")
+    add("--plot", type=Path, metavar="PNG", help="draw how the scores are distributed")
+    add("--overwrite", action="store_true", help="replace existing scores")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> ScoresManifest:
+    """Score as the options say."""
+    corpus = open_corpus(options)
+    kind, _, name = options.scorer.partition(":")
+    spec: ScorerSpec
+    if kind == "kenlm" and not name:
+        if options.model is None:
+            raise UserError("--scorer kenlm needs --model; train one with tools/train_kenlm.py")
+        spec, record = kenlm_scorer(options.model, normalization(options.normalization))
+    elif kind == "dsir" and not name:
+        raw_bytes = max(1, options.raw_megabytes) * 1_000_000
+        reference, key, eval_sets = tuple(options.reference), options.json_keys[0], tuple(options.eval_set)
+        dsir = DsirOptions(reference, key, raw_bytes, options.length_normalized, eval_sets)
+        spec, record = dsir_scorer(dsir, corpus)
+    elif kind == "column":
+        spec, record = column_scorer(name, options.lower_is_better)
+    else:
+        raise UserError(f"--scorer {options.scorer}: unknown; choose kenlm, dsir or column:NAME")
+    job = ScoreJob(options.output, spec, record, options.workers, options.engine, options.overwrite)
+    manifest = score(job, corpus)
+    if options.plot is not None:
+        values = np.asarray(map_values(options.output, np.dtype("<f4")))
+        title = f"{manifest.documents:,} documents scored by {manifest.scorer['name']}"
+        plot_scores(options.plot, values, title, manifest.axis_label)
+    return manifest
+
+
+def open_corpus(options: argparse.Namespace) -> Corpus:
+    """The text files or the token dataset to score."""
+    if options.data is None:
+        filters = Filters(options.skip_invalid, options.min_chars, options.dedup)
+        return TextFiles(tuple(options.input), tuple(options.json_keys), filters)
+    if options.tokenizer_model is None:
+        raise UserError("--data needs --tokenizer-model, the tokenizer that made it, to decode the documents")
+    return TokenDataset(options.data, options.tokenizer_model)
+
+
+def normalization(text: str | None) -> Normalization | None:
+    """What --normalization says."""
+    try:
+        return None if text is None else spelled_normalization(text)
+    except ValueError as error:
+        raise UserError(f"--normalization {text}: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 0 when done, 2 on a user's mistake."""
+    try:
+        options = parse(arguments)
+        manifest = run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    values = np.asarray(map_values(options.output, np.dtype("<f4")))
+    finite = values[np.isfinite(values)]
+    quartiles = ", ".join(f"{value:.4g}" for value in np.quantile(finite, (0.25, 0.5, 0.75))) if len(finite) else "none"
+    print(
+        f"{options.output}: {manifest.documents:,} documents ({manifest.unscored:,} without a word) scored by "
+        f"{manifest.scorer['name']}, {manifest.direction.replace('_', ' ')}; quartiles {quartiles}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
