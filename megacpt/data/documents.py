@@ -132,6 +132,11 @@ class Source:
         self._sha256 = ""
 
     @property
+    def packed(self) -> bool:
+        """Whether the file is compressed as a whole."""
+        return self.path.suffix in PACKED
+
+    @property
     def part_size(self) -> int:
         """Bytes of the part on disk, about."""
         return (self.size if self.end is None else self.end) - self.begin
@@ -168,7 +173,7 @@ class Source:
 
     def _line_blocks(self, start: Place | None) -> Iterator[Block]:
         with open(self.path, "rb") as handle:
-            if self.path.suffix in PACKED:
+            if self.packed:
                 yield from self._packed_blocks(handle, start)
                 return
             first = _row_start(handle, self.begin)
@@ -200,7 +205,7 @@ class Source:
         """Blocks of whole lines."""
         counted_from = self.began or 0
         name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
-        plain = "" if self.path.suffix in PACKED else str(self.path)
+        plain = "" if self.packed else str(self.path)
         line, offset, accounted = place.row, place.offset, raw.position
         held: list[bytes] = []
         held_bytes = 0

@@ -62,8 +62,8 @@ def digests_of(texts: Sequence[str]) -> np.ndarray:
 
 
 class DigestSet:
-    """The digests seen so far, in a hash table with linear probing: 21 to 43 bytes a digest, and once more
-    its old size while it doubles."""
+    """The digests seen so far, in an open hash table with two hashes: 21 to 43 bytes a digest, and half as much again
+    while it doubles."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -76,12 +76,9 @@ class DigestSet:
 
     def add(self, digests: np.ndarray) -> np.ndarray:
         """Take in digests uint64 [N, 2]; bool [N]: whether each is the first of its kind, also among these N."""
-        first = np.zeros(len(digests), dtype=bool)
-        first[np.unique(digests, axis=0, return_index=True)[1]] = True
         while self._count + len(digests) > FULLEST * len(self._slots):
             self._double()
-        places = np.flatnonzero(first)
-        first[places] = self._insert(digests[places])
+        first = self._insert(digests)
         self._count += int(first.sum())
         return first
 
@@ -92,21 +89,24 @@ class DigestSet:
             self._insert(part[part.any(axis=1)])
 
     def _insert(self, digests: np.ndarray) -> np.ndarray:
-        """Put in digests of which no two are equal; bool [N]: whether each was not there yet."""
+        """Put in digests; bool [N]: whether each was not there yet, nor among these before it."""
         new = np.zeros(len(digests), dtype=bool)
         # An empty slot is zero, so the digest zero is kept as one.
         digests = np.where(digests.any(axis=1, keepdims=True), digests, np.uint64(1))
         mask = np.uint64(len(self._slots) - 1)
         waiting = np.arange(len(digests))
         slots = digests[:, 0] & mask
+        steps = digests[:, 1] | np.uint64(1)
         while len(waiting):
             found = self._slots[slots]
             empty = ~found.any(axis=1)
             self._slots[slots[empty]] = digests[waiting[empty]]
             # Of several that want one empty slot the last has it; the others find it there and go on.
             settled = (self._slots[slots] == digests[waiting]).all(axis=1)
-            new[waiting[settled & empty]] = True
-            waiting, slots = waiting[~settled], (slots[~settled] + np.uint64(1)) & mask
+            fresh = np.flatnonzero(settled & empty)
+            new[waiting[fresh[np.unique(slots[fresh], return_index=True)[1]]]] = True
+            left = ~settled
+            waiting, slots, steps = waiting[left], (slots[left] + steps[left]) & mask, steps[left]
         return new
 
 

@@ -210,13 +210,16 @@ def _filled_in(common: Manifest, work: Work, job: Job, identity: dict[str, Any],
 def _give_up(work: Work, sources: Sequence[Source], error: BaseException) -> str:
     """Note what was done, if it is worth it, else delete it; say what is kept."""
     position = work.position
+    if work.untouched:
+        work.leave()
+        return ""
     if work.worth or (isinstance(error, KeyboardInterrupt) and position.documents):
         # What an earlier note says holds even if there is no room for another one.
         with suppress(UserError, OSError):
             work.note(sources[position.inputs] if position.place else None)
         work.leave()
         return (
-            f"{position.documents:,} documents are kept in {work.folder}: the same command goes on after them, "
+            f"{work.noted:,} documents are kept in {work.folder}: the same command goes on after them, "
             "or from the start of the first input file that has changed"
         )
     work.remove()

@@ -1,6 +1,7 @@
 """Encoding on a Ray cluster: blocks travel to tasks and tokens come back, in order; files are read and written here."""
 
 import os
+import socket
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from functools import cache
@@ -14,6 +15,7 @@ from megacpt.data.workers import Encode
 from megacpt.errors import UserError
 
 TASK_BYTES = 1 << 22
+SECONDS_TO_ANSWER = 10.0
 TASKS_PER_CPU = 2
 """Tasks in flight for each CPU: one that runs, and one whose blocks are on their way."""
 
@@ -51,15 +53,24 @@ def _connect(ray: Any, workers: int | None) -> bool:
     if ray.is_initialized():
         return False
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    named = os.environ.get("RAY_ADDRESS", "")
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-    except ConnectionError as error:
-        if named := os.environ.get("RAY_ADDRESS"):
+        _knock(named)
+        ray.init(address=named or "auto", **quiet)
+    except OSError as error:
+        if named:
             raise UserError(
                 f"--engine ray: no cluster answers at RAY_ADDRESS={named}; start it, or unset RAY_ADDRESS"
             ) from error
         ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise where nobody listens at HOST:PORT: ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 def _in_order(

@@ -185,6 +185,14 @@ def test_two_ray_nodes(tmp_path, corpus, tokenizer, reference, monkeypatch):
         cluster.shutdown()
 
 
+def test_no_ray_cluster_answers(tmp_path, corpus, tokenizer, monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed (the extra `ray`)")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"no cluster answers at RAY_ADDRESS=127\.0\.0\.1:1"):
+        preprocess(job(corpus, tmp_path / "out", tokenizer, engine="ray"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @given(sizes=st.lists(st.integers(0, 1000), min_size=1, max_size=12), count=st.integers(1, 20))
 def test_cuts_divide_everything_about_equally(sizes, count):
     found = cuts(sizes, count)
