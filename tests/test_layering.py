@@ -26,6 +26,7 @@ OPTIONAL = {
     "accelerate",
     "apex",
     "flash_attn",
+    "gigatoken",
     "gguf",
     "kenlm",
     "lm_eval",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megacpt.data.encode import Encoding
+from megacpt.data.fast_tokenizer import ENGINES as TOKENIZER_ENGINES
 from megacpt.data.filtering import DEDUP
 from megacpt.data.manifest import Manifest
 from megacpt.data.preprocess import ENGINES, Job, preprocess
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> Job:
             tokenizer_model=options.tokenizer_model,
             append_eod=options.append_eod,
             skip_invalid=options.skip_invalid,
+            engine=options.tokenizer_engine,
             min_chars=options.min_chars,
             dedup=options.dedup,
         ),
@@ -67,6 +69,12 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help="tokenizer.json (or its folder), or SentencePiece .model",
+    )
+    add(
+        "--tokenizer-engine",
+        default="auto",
+        choices=TOKENIZER_ENGINES,
+        help="fast where it equals the reference, else that (default)",
     )
     add("--append-eod", action="store_true", help="end every document that has tokens with the end-of-document token")
     add(

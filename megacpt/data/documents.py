@@ -1,13 +1,10 @@
-"""Rows of text from JSON Lines (plain, gzip, zstd) and Parquet files, in a fixed order and bounded memory.
+"""JSON Lines (plain, gzip, zstd) and Parquet files cut into blocks of whole rows, in a fixed order and bounded memory.
 
-A file is cut into blocks of whole rows by `Source.blocks` (cheap, sequential) and a block is parsed by `parse_block`
-(the expensive part, which may run in another process). A row is named `FILE:LINE`, both as the user knows them;
-for Parquet the line is the row's number, from 1. Lines of white space alone hold no row and are passed over.
+That is cheap and sequential; a block is parsed by `rows.parse_block`, which may run in another process.
 """
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +32,7 @@ class Block:
         consumed: bytes of the file that were read to make this block.
         rows: how many, blank lines included.
         offset: where the first row begins: bytes after decompression; for Parquet, rows.
+        plain: the file in which `lines` lie at `offset` as they are; empty if it is packed.
     """
 
     file: str
@@ -44,6 +42,7 @@ class Block:
     columns: dict[str, list[Any]] | None = None
     rows: int = 0
     offset: int = 0
+    plain: str = ""
 
     @property
     def end(self) -> "Place":
@@ -65,14 +64,6 @@ class Place:
 
     row: int = 1
     offset: int = 0
-
-
-class BadRow(Exception):
-    """One row that cannot be used: `kind` is a counter's name, `reason` the words for a user."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -141,6 +132,16 @@ class Source:
         self.ended: int | None = None
         self._sha256 = ""
 
+    @property
+    def packed(self) -> bool:
+        """Whether the file is compressed as a whole."""
+        return self.path.suffix in PACKED
+
+    @property
+    def part_size(self) -> int:
+        """Bytes of the part on disk, about."""
+        return (self.size if self.end is None else self.end) - self.begin
+
     def record(self) -> InputFile:
         """Name, bytes and sha256 of the file, for a manifest; no sha256 where the part ends before the file does."""
         return InputFile(self.path.name, self.size, self._sha256)
@@ -173,7 +174,7 @@ class Source:
 
     def _line_blocks(self, start: Place | None) -> Iterator[Block]:
         with open(self.path, "rb") as handle:
-            if self.path.suffix in PACKED:
+            if self.packed:
                 yield from self._packed_blocks(handle, start)
                 return
             first = _row_start(handle, self.begin)
@@ -191,13 +192,13 @@ class Source:
         taken = start.offset if start else 0
         at = 0
         for block in self._cut(raw, Place()):
+            if at >= self.begin and self.began is None:
+                self.began = block.offset
             if self.end is not None and at >= self.end:
                 self.ended = block.offset
                 return
-            if at >= self.begin:
-                self.began = block.offset if self.began is None else self.began
-                if block.offset >= taken:
-                    yield block
+            if at >= self.begin and block.offset >= taken:
+                yield block
             at += block.consumed
         self._sha256 = raw.hexdigest()
 
@@ -205,6 +206,7 @@ class Source:
         """Blocks of whole lines."""
         counted_from = self.began or 0
         name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
+        plain = "" if self.packed else str(self.path)
         line, offset, accounted = place.row, place.offset, raw.position
         held: list[bytes] = []
         held_bytes = 0
@@ -216,7 +218,7 @@ class Source:
                     continue
                 lines, _, rest = b"".join(held).rpartition(b"\n")
                 rows = lines.count(b"\n") + 1
-                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
                 line, offset, accounted = line + rows, offset + len(lines) + 1, raw.position
                 held, held_bytes = [rest], len(rest)
         except Damaged as error:
@@ -226,7 +228,7 @@ class Source:
         if rest:
             rows = rest.count(b"\n") + (not rest.endswith(b"\n"))
             lines = rest.removesuffix(b"\n")
-            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset)
+            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
 
     def _parquet_blocks(self, keys: Sequence[str], start: Place | None) -> Iterator[Block]:
         import pyarrow
@@ -296,98 +298,3 @@ def _values(column: Any) -> list[Any]:
 
         binary = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in binary.to_pylist()]
-
-
-def parse_block(
-    block: Block, keys: Sequence[str], skipped: Counter[str] | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """Rows of a block as (where, [text of each key]); a row is used whole or not at all.
-
-    Args:
-        skipped: None makes a bad row an error; a counter counts bad rows by kind (invalid_json, invalid_utf8,
-            missing_key, not_a_string) and passes over them.
-
-    Raises:
-        UserError: a bad row, named by file and line.
-    """
-    for number, row in enumerate(_raw_rows(block), block.first):
-        if isinstance(row, bytes) and not row.strip():
-            continue
-        try:
-            yield f"{block.file}:{number}", _texts(row, keys)
-        except BadRow as bad:
-            if skipped is None:
-                where = f"{block.file}:{number}"
-                raise UserError(f"{where}: {bad.reason}; correct the row or pass --skip-invalid") from bad
-            skipped[bad.kind] += 1
-
-
-def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:
-    if block.columns is None:
-        yield from block.lines.split(b"\n")
-        return
-    for index in range(block.rows):
-        yield {key: column[index] for key, column in block.columns.items()}
-
-
-def _texts(row: bytes | dict[str, Any], keys: Sequence[str]) -> list[str]:
-    values, valid = (row, False) if isinstance(row, dict) else _parse_line(row)
-    texts = []
-    for key in keys:
-        if key not in values:
-            known = ", ".join(sorted(map(str, values))[:8]) or "no key at all"
-            raise BadRow("missing_key", f"has no key {key!r} (it has {known})")
-        value = values[key]
-        if not isinstance(value, str):
-            raise BadRow("not_a_string", f"the value of {key!r} is not a string but {type(value).__name__}")
-        if not valid:
-            _check_unicode(key, value)
-        texts.append(value)
-    return texts
-
-
-def _parse_line(line: bytes) -> tuple[dict[str, Any], bool]:
-    """The JSON object on a line, and whether its strings are known to be valid Unicode.
-
-    orjson is several times faster and stricter than json, which decides what a valid line is: it takes NaN, and
-    lone surrogates (refused later, where they would reach a tokenizer).
-    """
-    import orjson
-
-    try:
-        row, valid = orjson.loads(line), True
-    except orjson.JSONDecodeError:
-        row, valid = _parse_leniently(line), False
-    if not isinstance(row, dict):
-        raise BadRow("invalid_json", f"is not a JSON object but {type(row).__name__}; each line must be one object")
-    return row, valid
-
-
-def _parse_leniently(line: bytes) -> Any:
-    import json
-
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow("invalid_utf8", f"invalid UTF-8 at byte {error.start + 1:,} of the line") from error
-    except json.JSONDecodeError as error:
-        reason = f"invalid JSON ({error.msg} at column {error.colno:,}); each line must be one JSON object"
-        raise BadRow("invalid_json", reason) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow("invalid_json", f"invalid JSON ({error}); each line must be one JSON object") from error
-
-
-def _check_unicode(key: str, value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        reason = f"invalid UTF-8: the value of {key!r} has no Unicode character at position {error.start + 1:,}"
-        raise BadRow("invalid_utf8", reason) from error
-
-
-def read_documents(paths: Sequence[Path], key: str, skipped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Every row's (where, text) in order; `skipped` as in `parse_block`."""
-    for path in paths:
-        for block in Source(path).blocks([key]):
-            for where, (text,) in parse_block(block, [key], skipped):
-                yield where, text

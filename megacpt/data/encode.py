@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megacpt.data.documents import Block
-from megacpt.data.filtering import digests_of, kept_rows
+from megacpt.data.filtering import digests_of, kept_columns
 from megacpt.data.indexed import token_dtype
 from megacpt.data.manifest import Filters
 from megacpt.data.tokenizer import Tokenizer
@@ -14,13 +14,18 @@ from megacpt.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a row becomes tokens; what a worker process is told."""
+    """How a row becomes tokens; what a worker process is told.
+
+    Attributes:
+        engine: one of `fast_tokenizer.ENGINES`.
+    """
 
     keys: tuple[str, ...]
     tokenizer_type: str
     tokenizer_model: str
     append_eod: bool
     skip_invalid: bool
+    engine: str = "auto"
     min_chars: int = 0
     dedup: str = "none"
 
@@ -55,14 +60,20 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     """
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
     skipped: Counter[str] = Counter()
-    rows = [texts for _, texts in kept_rows(block, encoding.keys, encoding.filters, skipped)]
-    digests = None if encoding.dedup == "none" else digests_of([texts[0] for texts in rows])
+    columns = kept_columns(block, encoding.keys, encoding.filters, skipped)
+    digests = None if encoding.dedup == "none" else digests_of(columns[0])
     tokens, lengths = [], []
-    for column in range(len(encoding.keys)):
-        documents = tokenizer.encode_batch([texts[column] for texts in rows], add_special_tokens=True)
+    for texts in columns:
+        ids, sizes = tokenizer.encode_flat(texts, add_special_tokens=True)
         if encoding.append_eod:
-            eod = np.asarray([tokenizer.eod_id], dtype=np.int32)
-            documents = [np.concatenate([ids, eod]) if len(ids) else ids for ids in documents]
-        tokens.append(np.concatenate([np.empty(0, np.int32), *documents]).astype(dtype).tobytes())
-        lengths.append(np.fromiter(map(len, documents), dtype=np.int32, count=len(documents)))
+            assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
+            ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
+        tokens.append(ids.astype(dtype).tobytes())
+        lengths.append(sizes)
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)
+
+
+def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """End every document that has tokens with `eod`; shapes as `Tokenizer.encode_flat`."""
+    filled = lengths > 0
+    return np.insert(ids, np.cumsum(lengths, dtype=np.int64)[filled], eod), lengths + filled.astype(np.int32)

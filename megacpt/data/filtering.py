@@ -7,12 +7,14 @@ In this order: bad rows (skipped on request), texts that are too short, texts th
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
-from megacpt.data.documents import Block, Source, parse_block
+from megacpt.data.documents import Block, Source
 from megacpt.data.manifest import Filters
+from megacpt.data.rows import parse_block, texts_of
 
 DEDUP = ("none", "exact")
 DIGEST_BYTES = 16
@@ -43,6 +45,16 @@ def kept_rows(
             yield where, texts
 
 
+def kept_columns(block: Block, keys: Sequence[str], filters: Filters, counts: Counter[str]) -> list[list[str]]:
+    """The texts of `kept_rows`, key by key: [keys][rows]; faster."""
+    columns = texts_of(block, keys, counts if filters.skip_invalid else None)
+    keep = [len(text) >= filters.min_chars for text in columns[0]] if filters.min_chars else [True]
+    if all(keep):
+        return columns
+    counts[TOO_SHORT] += keep.count(False)
+    return [list(compress(texts, keep)) for texts in columns]
+
+
 def digests_of(texts: Sequence[str]) -> np.ndarray:
     """BLAKE2b of each text in 128 bits, uint64 [texts, 2]. Two texts are taken for equal when these are."""
     joined = b"".join([blake2b(text.encode("utf-8"), digest_size=DIGEST_BYTES).digest() for text in texts])
@@ -50,8 +62,8 @@ def digests_of(texts: Sequence[str]) -> np.ndarray:
 
 
 class DigestSet:
-    """The digests seen so far, in a hash table with linear probing: 21 to 43 bytes a digest, and once more
-    its old size while it doubles."""
+    """The digests seen so far, in an open hash table with two hashes: 21 to 43 bytes a digest, and half as much again
+    while it doubles."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -64,12 +76,9 @@ class DigestSet:
 
     def add(self, digests: np.ndarray) -> np.ndarray:
         """Take in digests uint64 [N, 2]; bool [N]: whether each is the first of its kind, also among these N."""
-        first = np.zeros(len(digests), dtype=bool)
-        first[np.unique(digests, axis=0, return_index=True)[1]] = True
         while self._count + len(digests) > FULLEST * len(self._slots):
             self._double()
-        places = np.flatnonzero(first)
-        first[places] = self._insert(digests[places])
+        first = self._insert(digests)
         self._count += int(first.sum())
         return first
 
@@ -80,21 +89,24 @@ class DigestSet:
             self._insert(part[part.any(axis=1)])
 
     def _insert(self, digests: np.ndarray) -> np.ndarray:
-        """Put in digests of which no two are equal; bool [N]: whether each was not there yet."""
+        """Put in digests; bool [N]: whether each was not there yet, nor among these before it."""
         new = np.zeros(len(digests), dtype=bool)
         # An empty slot is zero, so the digest zero is kept as one.
         digests = np.where(digests.any(axis=1, keepdims=True), digests, np.uint64(1))
         mask = np.uint64(len(self._slots) - 1)
         waiting = np.arange(len(digests))
         slots = digests[:, 0] & mask
+        steps = digests[:, 1] | np.uint64(1)
         while len(waiting):
             found = self._slots[slots]
             empty = ~found.any(axis=1)
             self._slots[slots[empty]] = digests[waiting[empty]]
             # Of several that want one empty slot the last has it; the others find it there and go on.
             settled = (self._slots[slots] == digests[waiting]).all(axis=1)
-            new[waiting[settled & empty]] = True
-            waiting, slots = waiting[~settled], (slots[~settled] + np.uint64(1)) & mask
+            fresh = np.flatnonzero(settled & empty)
+            new[waiting[fresh[np.unique(slots[fresh], return_index=True)[1]]]] = True
+            left = ~settled
+            waiting, slots, steps = waiting[left], (slots[left] + steps[left]) & mask, steps[left]
         return new
 
 

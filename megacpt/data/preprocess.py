@@ -24,6 +24,7 @@ from megacpt import __version__
 from megacpt.data import documents
 from megacpt.data.documents import Source, find_inputs
 from megacpt.data.encode import Encoding
+from megacpt.data.fast_tokenizer import chosen_engine, open_tokenizer
 from megacpt.data.filtering import DEDUP, DUPLICATES, TOO_SHORT
 from megacpt.data.indexed import bin_path, token_dtype
 from megacpt.data.interrupt import held_back
@@ -32,7 +33,7 @@ from megacpt.data.outputs import Dataset, clear_the_way, finish
 from megacpt.data.ray_cluster import encode_on_ray
 from megacpt.data.shards import WHOLE, Shard, share
 from megacpt.data.stream import Reporting, stream
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.work import Work
 from megacpt.data.workers import Encode, encode_here, encode_in_processes
 from megacpt.errors import UserError
@@ -92,7 +93,9 @@ def preprocess(job: Job) -> dict[str, Manifest]:
         if not work.finishing:
             with held_back() as check:
                 stream(work, sources, first_input, job.encoding, encode, Reporting(job.log_interval, check))
-        manifests = finish(work, datasets, _filled_in(common, work, job, identity, first_input))
+        manifests = finish(
+            work, datasets, _filled_in(replace(common, engine=tokenizer.engine), work, job, identity, first_input)
+        )
     except BaseException as error:
         kept = _give_up(work, sources, error)
         if kept and isinstance(error, UserError | KeyboardInterrupt):
@@ -114,7 +117,7 @@ def _check(job: Job) -> None:
 
 
 def _open_tokenizer(encoding: Encoding) -> Tokenizer:
-    tokenizer = load_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model)
+    tokenizer = open_tokenizer(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)
     if encoding.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"{encoding.tokenizer_model}: this tokenizer names no end-of-document token, which --append-eod needs; "
@@ -124,11 +127,14 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
 
 
 def _encoder(job: Job, tokenizer: Tokenizer) -> Encode:
-    if job.engine == "ray":
-        return encode_on_ray(job.encoding, tokenizer.sha256, job.workers)
-    if job.workers in (None, 1):
+    if job.engine == "local" and job.workers in (None, 1):
         return encode_here(job.encoding, tokenizer)
-    return encode_in_processes(job.encoding, job.workers)
+    # Every process encodes with the engine that was found here, or stops.
+    encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
+    if job.engine == "ray":
+        return encode_on_ray(encoding, tokenizer.sha256, job.workers)
+    assert job.workers is not None
+    return encode_in_processes(encoding, job.workers)
 
 
 def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Manifest, dict[str, Any]]:
@@ -142,7 +148,7 @@ def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Ma
         append_eod=encoding.append_eod,
         dtype=token_dtype(tokenizer.vocab_size).name,
         filters=encoding.filters,
-        engine=getattr(tokenizer, "engine", "reference"),
+        engine=tokenizer.engine,
         versions=_versions(),
     )
     identity = {
@@ -167,7 +173,7 @@ def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Ma
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("tokenizers", "sentencepiece", "fastokens", "gigatoken", "kitoken"):
+    for name in ("tokenizers", "sentencepiece", "gigatoken"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -177,7 +183,7 @@ def _announce(work: Work, sources: Sequence[Source]) -> None:
     if work.stale:
         print(f"{work.folder}: holds the work of another job or of other inputs; starting afresh", file=sys.stderr)
     if work.found:
-        share_done = min(1.0, work.position.consumed / max(1, sum(source.size for source in sources)))
+        share_done = min(1.0, work.position.consumed / max(1, sum(source.part_size for source in sources)))
         files = f"{work.position.inputs:,} of {len(sources):,} input files, {share_done:.1%} of their bytes"
         print(f"going on after {work.found:,} documents that are done ({files})", file=sys.stderr)
 
@@ -204,13 +210,16 @@ def _filled_in(common: Manifest, work: Work, job: Job, identity: dict[str, Any],
 def _give_up(work: Work, sources: Sequence[Source], error: BaseException) -> str:
     """Note what was done, if it is worth it, else delete it; say what is kept."""
     position = work.position
+    if work.untouched:
+        work.leave()
+        return ""
     if work.worth or (isinstance(error, KeyboardInterrupt) and position.documents):
         # What an earlier note says holds even if there is no room for another one.
         with suppress(UserError, OSError):
             work.note(sources[position.inputs] if position.place else None)
         work.leave()
         return (
-            f"{position.documents:,} documents are kept in {work.folder}: the same command goes on after them, "
+            f"{work.noted:,} documents are kept in {work.folder}: the same command goes on after them, "
             "or from the start of the first input file that has changed"
         )
     work.remove()

@@ -8,7 +8,8 @@ from typing import Any
 
 from megacpt.data.documents import Block
 from megacpt.data.encode import EncodedBlock, Encoding, encode_block
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.fast_tokenizer import open_tokenizer
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.data.workers import Encode
 from megacpt.errors import UserError
 
@@ -107,14 +108,14 @@ def _result(ray: Any, task: Any) -> list[EncodedBlock]:
 
 
 # A worker process opens the tokenizer once.
-_loaded = cache(load_tokenizer)
+_loaded = cache(open_tokenizer)
 
 
 def _encode(blocks: list[Block], encoding: Encoding, sha256: str) -> list[EncodedBlock] | str:
     """The blocks encoded, or the words for a user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        tokenizer: Tokenizer = _loaded(encoding.tokenizer_type, encoding.tokenizer_model)
+        tokenizer: Tokenizer = _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)
         if tokenizer.sha256 != sha256:
             return f"{encoding.tokenizer_model}: is another tokenizer on the node {os.uname().nodename}; copy it there"
         return [encode_block(block, encoding, tokenizer) for block in blocks]

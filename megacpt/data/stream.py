@@ -2,8 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from megacpt.data.filtering import DUPLICATES, DigestSet
 from megacpt.data.progress import Progress, Totals
 from megacpt.data.work import Work
 from megacpt.data.workers import Encode
+from megacpt.errors import UserError
+
+BLOCKS_AHEAD = 64
+"""Blocks that are read on after a bad row of a packed file to see whether the file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,9 @@ def stream(
             work.end_input(first_input + work.position.inputs, source)
         return None
 
-    progress = Progress(sum(source.size for source in sources), reporting.log_interval, _totals(work))
-    with closing(progress), closing(encode(blocks())) as encoded:
+    reading = blocks()
+    progress = Progress(sum(source.part_size for source in sources), reporting.log_interval, _totals(work))
+    with closing(progress), closing(encode(reading)) as encoded, _damage_before_bad_rows(reading, read):
         for result in encoded:
             found = next_block()
             assert found is not None
@@ -66,6 +72,20 @@ def stream(
             work.note(source, due=True)
             reporting.check()
     next_block()
+
+
+@contextmanager
+def _damage_before_bad_rows(reading: Iterator[Block], read: deque[tuple[Source, Block | None]]) -> Iterator[None]:
+    """Name a packed file that is damaged rather than the garbage rows that come out of it before that is noticed."""
+    try:
+        yield
+    except UserError:
+        source = next((source for source, block in read if block is not None), None)
+        if source is not None and source.packed:
+            for _ in islice(reading, BLOCKS_AHEAD):
+                if read[-1][0] is not source:
+                    break
+        raise
 
 
 def _totals(work: Work) -> Totals:

@@ -1,4 +1,6 @@
-"""The two kinds of tokenizer that a corpus is encoded with, behind one small interface.
+"""The two kinds of tokenizer that a corpus is encoded with, behind one small interface: the reference.
+
+What these say is what a dataset holds; `fast_tokenizer` says the same, many times faster.
 
 A document's text never yields a control or special id: a literal "</s>" or "<|endoftext|>" is spelled in ordinary
 tokens. What a tokenizer's author declared as ordinary vocabulary that is matched in any text (added tokens that are
@@ -21,8 +23,8 @@ from megacpt.errors import UserError
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 """Names of the end-of-document token where a bare tokenizer.json does not say which it is."""
-HIDDEN = "\ufdd0{}\ufdd0"
-"""How a special token is spelled inside the encoder: between non-characters, which no text may hold."""
+HIDDEN = "\ufdd0{key}:{token}\ufdd0"
+"""How a special token is spelled inside the encoder: between non-characters, under a key that no text holds."""
 DECLARED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -34,19 +36,21 @@ class Tokenizer(Protocol):
         sha256: of the tokenizer file's content (decompressed), in hex.
         vocab_size: ids the model needs: the largest id + 1, added tokens included.
         eod_id: the end-of-document id (Megatron's `eod`), or None.
+        engine: name and version of the library that encodes.
     """
 
     type: str
     sha256: str
     vocab_size: int
     eod_id: int | None
+    engine: str
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         """Ids int32 [tokens]; with `add_special_tokens`, framed (BOS, EOS) as the tokenizer frames a text."""
         ...
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
-        """`encode` of each text."""
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of each text, end to end: ids int32 [tokens] and lengths int32 [texts]."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -68,6 +72,13 @@ def load_tokenizer(type_name: str, path: str | Path) -> Tokenizer:
     raise UserError(f"tokenizer type {type_name!r} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
 
 
+def flatten(texts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of several texts end to end: ids int32 [tokens] and lengths int32 [texts]."""
+    lengths = np.fromiter(map(len, texts), dtype=np.int32, count=len(texts))
+    ids = [np.asarray(text, dtype=np.int32) for text in texts]
+    return np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), lengths
+
+
 def _read(path: Path) -> bytes:
     try:
         content = path.read_bytes()
@@ -79,7 +90,12 @@ def _read(path: Path) -> bytes:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Control symbols are not recognised in text; no BOS or EOS is ever added."""
+    """A SentencePiece model. Control symbols are not recognised in text; no BOS or EOS is ever added.
+
+    Attributes:
+        definition: the model as it lies in the file.
+        special_tokens: pieces that text does not yield, sorted.
+    """
 
     type = "SentencePieceTokenizer"
 
@@ -95,14 +111,19 @@ class SentencePieceTokenizer:
         if self.vocab_size == 0:
             raise UserError(f"{path}: not a SentencePiece model; check --tokenizer-model and its type")
         self.sha256 = hashlib.sha256(content).hexdigest()
+        self.definition = content
+        self.engine = f"sentencepiece {sentencepiece.__version__}"
+        ids = list(range(self.vocab_size))
+        reserved = np.flatnonzero(np.logical_or(self._model.is_control(ids), self._model.is_unknown(ids)))
+        self.special_tokens = sorted(self._model.id_to_piece(reserved.tolist()))
         eos = self._model.eos_id()
         self.eod_id = eos if eos >= 0 else None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return np.asarray(self._model.encode(text, out_type=int), dtype=np.int32)
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
-        return [np.asarray(ids, dtype=np.int32) for ids in self._model.encode(list(texts), out_type=int, num_threads=1)]
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        return flatten(self._model.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -114,6 +135,11 @@ class HuggingFaceTokenizer:
     tokenizer_config.json and special_tokens_map.json beside it say which token ends a document and which tokens are
     special. A text is framed by the file's own post-processor; `add_bos_token` in the config changes nothing, as in
     transformers 5.
+
+    Attributes:
+        definition: the tokenizer.json that encodes: the file's, its special tokens respelled.
+        outline: the same, parsed, without the model's vocabulary and merges.
+        special_tokens: tokens that text does not yield, sorted.
     """
 
     type = "HuggingFaceTokenizer"
@@ -122,37 +148,56 @@ class HuggingFaceTokenizer:
         if path.is_dir():
             names = ("tokenizer.json", "tokenizer.json.gz")
             path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+        import orjson
+
         self._content = _read(path)
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
         foreign = UserError(f"{path}: not a Hugging Face tokenizer.json; check --tokenizer-model and its type")
         try:
-            spec = json.loads(self._content)
+            spec = orjson.loads(self._content)
             specials = {token["content"] for token in spec["added_tokens"] if token["special"]}
         except (ValueError, KeyError, TypeError) as error:
             raise foreign from error
         settings = _settings_beside(path)
         specials |= set(_declared_tokens(settings))
         try:
-            self._encoder = _tokenizer_from(json.dumps(_hide(spec, specials)).encode("utf-8"))
+            hidden = {token: HIDDEN.format(key=self.sha256[:16], token=token) for token in specials}
+            spec = _respell(spec, hidden)
+            self.definition = orjson.dumps(spec)
+            self._encoder = _tokenizer_from(self.definition)
+            added = {token["content"] for token in spec["added_tokens"]}
+            self.vocab_size = 1 + max(_largest_id(spec), *map(self._encoder.token_to_id, added), -1)
         except Exception as error:
             # The library raises bare Exception for whatever it cannot build.
             raise foreign from error
         self._decoder: Any = None
-        self.sha256 = hashlib.sha256(self._content).hexdigest()
-        ids = {_unhide(token): i for token, i in self._encoder.get_vocab(with_added_tokens=True).items()}
-        self.vocab_size = max(ids.values(), default=-1) + 1
-        self.eod_id = _end_of_document(path, settings, specials, ids)
+        self.engine = _library()
+        self.special_tokens = sorted(specials)
+        self.outline = _outline(spec)
+        ids = {token: self._encoder.token_to_id(hidden[token]) for token in self.special_tokens}
+        self.eod_id = _end_of_document(path, settings, {token: i for token, i in ids.items() if i is not None})
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
-        return self.encode_batch([text], add_special_tokens)[0]
+        return self.encode_flat([text], add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return flatten([encoding.ids for encoding in encodings])
+
+    def has_token(self, token: str) -> bool:
+        """Whether the vocabulary, as `definition` spells it, has this token."""
+        return self._encoder.token_to_id(token) is not None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         if self._decoder is None:
             self._decoder = _tokenizer_from(self._content)
         return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _library() -> str:
+    import tokenizers
+
+    return f"tokenizers {tokenizers.__version__}"
 
 
 def _tokenizer_from(content: bytes) -> Any:
@@ -165,36 +210,41 @@ def _tokenizer_from(content: bytes) -> Any:
     return tokenizer
 
 
-def _hide(spec: dict[str, Any], specials: set[str]) -> dict[str, Any]:
-    """Respell the special tokens of a parsed tokenizer.json so that no text can spell them; ids stay.
+def _respell(spec: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
+    """A parsed tokenizer.json in which the special tokens have their hidden spelling, so that no text can spell them.
 
     The library's `encode_special_tokens` alone does not do: it stops added tokens from being cut out of the text, but a
     Unigram or word-level model, or a BPE model with the right merges, still finds "</s>" in its own vocabulary.
     """
     model = dict(spec["model"])
-
-    def hide(token: str) -> str:
-        return HIDDEN.format(token) if token in specials else token
-
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {hide(token): i for token, i in model["vocab"].items()}
-    else:
-        model["vocab"] = [[hide(token), score] for token, score in model["vocab"]]
+    vocab = model["vocab"]
+    if not isinstance(vocab, dict):
+        model["vocab"] = [[hidden.get(token, token), score] for token, score in vocab]
+    elif not vocab.keys().isdisjoint(hidden):
+        model["vocab"] = {hidden.get(token, token): i for token, i in vocab.items()}
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+        kept = [
+            (left, right)
+            for left, right in pairs
+            if left + right not in hidden and left not in hidden and right not in hidden
+        ]
+        model |= {"merges": kept} if "merges" in model else {}
     if model.get("unk_token") is not None:
-        model["unk_token"] = hide(model["unk_token"])
-    if "merges" in model:
-        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [pair for pair in pairs if not specials & {*pair, "".join(pair)}]
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
     added = [
-        {**token, "content": hide(token["content"]), "special": token["content"] in specials}
+        {**token, "content": hidden.get(token["content"], token["content"]), "special": token["content"] in hidden}
         for token in spec["added_tokens"]
     ]
     return {**spec, "model": model, "added_tokens": added}
 
 
-def _unhide(token: str) -> str:
-    edge = HIDDEN[0]
-    return token[1:-1] if token[:1] == edge == token[-1:] else token
+def _largest_id(spec: dict[str, Any]) -> int:
+    vocab = spec["model"]["vocab"]
+    return max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+
+
+def _outline(spec: dict[str, Any]) -> dict[str, Any]:
+    return {**spec, "model": {name: value for name, value in spec["model"].items() if name not in ("vocab", "merges")}}
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -226,7 +276,8 @@ def _spelling(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _end_of_document(path: Path, settings: dict[str, Any], specials: set[str], ids: dict[str, int]) -> int | None:
+def _end_of_document(path: Path, settings: dict[str, Any], ids: dict[str, int]) -> int | None:
+    """The end-of-document id, from the ids of the special tokens in the vocabulary."""
     declared = _spelling(settings.get("eos_token")) or _spelling(settings.get("sep_token"))
     if declared is not None:
         if declared not in ids:
@@ -234,5 +285,5 @@ def _end_of_document(path: Path, settings: dict[str, Any], specials: set[str], i
                 f"{path}: its end-of-sequence token {declared!r} is not in its vocabulary; correct its config"
             )
         return ids[declared]
-    usual = [token for token in END_OF_DOCUMENT if token in specials and token in ids]
+    usual = [token for token in END_OF_DOCUMENT if token in ids]
     return ids[usual[0]] if len(usual) == 1 else None

@@ -33,7 +33,7 @@ class Work:
     Attributes:
         position: what is done: where to go on.
         records: the input files that are done.
-        found: documents that an earlier run left.
+        found, noted: documents that an earlier run left, and that the next one would find.
         stale: the folder holds the work of another job, or of inputs that have changed; `open` clears it.
         finishing: all is encoded, and some datasets may have their names already.
     """
@@ -58,6 +58,7 @@ class Work:
             journal = Journal(job, Position([0] * len(targets)), stale=True)
         self._journal, self.position, self.records = journal, journal.position, journal.records
         self.stale, self.finishing, self.found = journal.stale, journal.finishing, journal.position.documents
+        self.noted = self.found
         self._pending: list[dict[str, Any]] = []
         self._files: dict[str, IO[bytes]] = {}
         self._notes: IO[str] | None = None
@@ -83,6 +84,11 @@ class Work:
             if not path.is_file() or path.stat().st_size < size:
                 return False
         return True
+
+    @property
+    def untouched(self) -> bool:
+        """Whether what the folder held, this job's or another's, is still as it was."""
+        return not self._files
 
     def open(self) -> None:
         """Cut the files back to the position, and open them."""
@@ -169,7 +175,7 @@ class Work:
             else:
                 self._append_to_journal(notes)
         self._pending = []
-        self._noted = time.monotonic()
+        self._noted, self.noted = time.monotonic(), self.position.documents
 
     def _append_to_journal(self, notes: Sequence[dict[str, Any]]) -> None:
         assert self._notes is not None
@@ -185,7 +191,10 @@ class Work:
             self._append_to_journal([{"finishing": True}])
 
     def leave(self) -> None:
-        """Let go of the folder; a later run goes on from its last note."""
+        """Let go of the folder; a later run goes on from its last note. Without any note it is deleted."""
+        if not (self.folder / JOURNAL).exists():
+            self.remove()
+            return
         self._close()
         self._lock.close()
 

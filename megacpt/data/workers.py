@@ -7,11 +7,13 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 
 from megacpt.data.documents import BLOCK_BYTES, Block
 from megacpt.data.encode import EncodedBlock, Encoding, encode_block
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.fast_tokenizer import open_tokenizer
+from megacpt.data.tokenizer import Tokenizer
 from megacpt.errors import UserError
 
 BLOCKS_PER_WORKER = 3
@@ -38,7 +40,7 @@ def encode_in_processes(encoding: Encoding, workers: int) -> Encode:
         waiting = 0
         try:
             for block in blocks:
-                pending.append((pool.submit(_encode, block, encoding), block.size))
+                pending.append((pool.submit(_encode, *_by_reference(block), encoding), block.size))
                 waiting += block.size
                 # Blocks are of about BLOCK_BYTES unless a single row is larger.
                 while (
@@ -61,11 +63,20 @@ def encode_in_processes(encoding: Encoding, workers: int) -> Encode:
 
 
 # A worker process opens the tokenizer once.
-_loaded = cache(load_tokenizer)
+_loaded = cache(open_tokenizer)
 
 
-def _encode(block: Block, encoding: Encoding) -> EncodedBlock:
-    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model))
+def _by_reference(block: Block) -> tuple[Block, int]:
+    """A block to send to another process of this machine: without its lines, if these lie in a file, and their size."""
+    return (replace(block, lines=b""), len(block.lines)) if block.plain else (block, 0)
+
+
+def _encode(block: Block, unread: int, encoding: Encoding) -> EncodedBlock:
+    if unread:
+        with open(block.plain, "rb") as handle:
+            handle.seek(block.offset)
+            block = replace(block, lines=handle.read(unread))
+    return encode_block(block, encoding, _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine))
 
 
 def _start_worker(encoding: Encoding) -> None:
@@ -84,4 +95,4 @@ def _start_worker(encoding: Encoding) -> None:
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
     with suppress(UserError):
-        _loaded(encoding.tokenizer_type, encoding.tokenizer_model)
+        _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacpt.data import documents
-from megacpt.data.documents import Source, find_inputs, parse_block, read_documents
+from megacpt.data.documents import Source, find_inputs
+from megacpt.data.rows import parse_block, read_documents
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 

@@ -1,8 +1,19 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from megacpt.data.manifest import InputFile, Manifest, TokenizerInfo, manifest_path, read_manifest, write_manifest
+from megacpt.data.lengths import LengthStatistics
+from megacpt.data.manifest import (
+    Filters,
+    InputFile,
+    Manifest,
+    ShardInfo,
+    TokenizerInfo,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from megacpt.errors import UserError
 
 MANIFEST = Manifest(
@@ -16,6 +27,15 @@ MANIFEST = Manifest(
     empty_documents=1,
     dtype="uint16",
     skipped={"invalid_json": 2},
+    json_keys=["text", "title"],
+    eod_tokens=2,
+    too_short=4,
+    duplicates=5,
+    filters=Filters(True, 20, "exact"),
+    lengths=LengthStatistics(0, 13.333, 1, 39, 39, 39, {"0": 1, "1": 1, "32": 1}),
+    engine="tokenizers 0.1",
+    versions={"python": "3.12.1"},
+    shard=ShardInfo(1, 3, "abcd", 0, None, [1, 0]),
 )
 
 
@@ -53,6 +73,10 @@ def test_a_file_that_is_no_manifest(tmp_path, content):
         (("tokenizer", "eod_id"), "2", r"tokenizer\.eod_id"),
         (("append_eod",), 1, "append_eod"),
         (("skipped",), [], "skipped"),
+        (("filters", "min_chars"), -1, r"filters\.min_chars"),
+        (("lengths", "median"), 1.5, r"lengths\.median"),
+        (("versions", "python"), 3, r"versions\.python"),
+        (("shard", "stop"), "x", r"shard\.stop"),
         (("skipped", "invalid_json"), "many", r"skipped\.invalid_json"),
     ],
 )
@@ -66,3 +90,29 @@ def test_a_wrong_field_is_named(tmp_path, keys, value, named):
     manifest_path(tmp_path / "x").write_text(json.dumps(found))
     with pytest.raises(UserError, match=f"'{named}' is missing or of the wrong type"):
         read_manifest(tmp_path / "x")
+
+
+def test_a_manifest_of_the_first_version(tmp_path):
+    old = {
+        "megacpt_version": "0.1.0",
+        "inputs": [{"name": "a.jsonl", "bytes": 10, "sha256": "00ff"}],
+        "tokenizer": {"type": "SentencePieceTokenizer", "sha256": "abcd", "vocab_size": 32_000, "eod_id": 2},
+        "append_eod": True,
+        "dtype": "uint16",
+        "json_key": "text",
+        "documents": 3,
+        "tokens": 40,
+        "empty_documents": 1,
+        "skipped": {"invalid_json": 2},
+        "format": "megacpt token dataset 1",
+    }
+    manifest_path(tmp_path / "x").write_text(json.dumps(old))
+    manifest = read_manifest(tmp_path / "x")
+    assert (manifest.documents, manifest.tokens, manifest.eod_tokens, manifest.json_keys) == (3, 40, 2, ["text"])
+    assert (manifest.filters, manifest.lengths, manifest.shard) == (Filters(skip_invalid=True), None, None)
+
+
+def test_no_filters_gives_these_documents(tmp_path):
+    merged = replace(MANIFEST, filters=None, shard=None)
+    write_manifest(tmp_path / "x", merged)
+    assert read_manifest(tmp_path / "x") == merged

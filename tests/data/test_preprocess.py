@@ -238,3 +238,66 @@ def test_real_text_with_real_tokenizers(tmp_path, name):
     # Its arrays look into a map that closes with the dataset.
     read_by_megatron = MegatronDataset(prefix)
     assert np.array_equal(read_by_megatron[7], [*ids[7], eod])
+
+
+def test_a_refused_run_leaves_the_work_of_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacpt.data.work.SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 100)
+    monkeypatch.setattr("megacpt.data.compression.CHUNK_BYTES", 100)
+    tokenizer = write_tokenizer(tmp_path)
+    good, bad = write_rows(tmp_path / "a.jsonl", TEXTS), write_rows(tmp_path / "b.jsonl", TEXTS)
+    (prefix,) = preprocess(job([good], tmp_path / "out", tokenizer))
+    with open(bad, "a") as handle:
+        handle.write("{}\n")
+    with pytest.raises(UserError, match=r"[1-9]\d* documents are kept in"):
+        preprocess(job([bad], tmp_path / "out", tokenizer, overwrite=True))
+    (work,) = tmp_path.glob(".out*")
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    with pytest.raises(UserError, match=r"exists already; pass --overwrite[^(]*$"):
+        preprocess(job([good], tmp_path / "out", tokenizer))
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    assert len(IndexedDataset(prefix)) == 30
+
+
+class Killed(BaseException):
+    pass
+
+
+def be_killed(*_) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("killed_at", ["index", "manifest", "first bin", "second bin", "work folder"])
+def test_a_run_that_ends_while_datasets_get_their_names_is_finished(tmp_path, monkeypatch, killed_at):
+    """As a kill leaves it: nothing is tidied up."""
+    tokenizer = write_tokenizer(tmp_path)
+    rows = write_rows(tmp_path / "a.jsonl", TEXTS)
+    keys = ["text", "title"]
+    whole = list(preprocess(job([rows], tmp_path / "whole", tokenizer, keys)))
+    bins = {"first bin": "out_text_document.bin", "second bin": "out_title_document.bin"}
+    calls = {
+        "index": "outputs.write_document_index",
+        "manifest": "outputs.write_manifest",
+        "work folder": "work.Work.remove",
+    }
+    real = os.replace
+
+    def replace(old, new):
+        if Path(new).name == bins[killed_at]:
+            raise Killed
+        real(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megacpt.data.preprocess._give_up", lambda work, *_: work.leave())
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        if killed_at in bins:
+            patch.setattr("megacpt.data.outputs.os.replace", replace)
+        else:
+            patch.setattr(f"megacpt.data.{calls[killed_at]}", be_killed)
+        with pytest.raises(Killed):
+            preprocess(job([rows], tmp_path / "out", tokenizer, keys))
+    found = list(preprocess(job([rows], tmp_path / "out", tokenizer, keys)))
+    for one, other in zip(whole, found, strict=True):
+        assert same(one, other)
+        assert manifest_path(one).read_bytes() == manifest_path(other).read_bytes()
+    assert list(tmp_path.glob(".*")) == []

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +88,23 @@ def test_special_strings_stay_text_in_every_kind_of_model(tmp_path, make):
     assert len(ids) > 2
 
 
+def test_no_text_reaches_the_hidden_spelling(tmp_path):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save(word_level(), tmp_path / "t"))
+    assert set(tokenizer.encode("\ufdd0</s>\ufdd0 \ufdd0:</s>\ufdd0 a").tolist()) == {0, 3}
+
+
 @pytest.mark.parametrize("make", LIBRARIES)
 def test_other_text_is_encoded_as_the_library_does(tmp_path, make):
     library = make()
     tokenizer = load_tokenizer("HuggingFaceTokenizer", save(library, tmp_path / "t"))
     texts = [*CORPUS[:20], "", " ", "a  b", "é\u00a0\n\n"]
-    ours = tokenizer.encode_batch(texts)
-    assert [ids.tolist() for ids in ours] == [encoding.ids for encoding in library.encode_batch(texts)]
-    assert all(ids.dtype == np.int32 for ids in ours)
+    ids, lengths = tokenizer.encode_flat(texts)
+    expected = [encoding.ids for encoding in library.encode_batch(texts)]
+    assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int32)
+    assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert tokenizer.vocab_size == max(library.get_vocab(with_added_tokens=True).values()) + 1
-    assert tokenizer.decode([2, *ours[0]]) == library.decode([2, *ours[0].tolist()], skip_special_tokens=False)
+    assert tokenizer.decode([2, *expected[0]]) == library.decode([2, *expected[0]], skip_special_tokens=False)
 
 
 def test_added_tokens_that_are_not_special_are_vocabulary(tmp_path):
@@ -169,7 +177,10 @@ def test_sentencepiece(tmp_path):
     tokenizer = load_tokenizer("SentencePieceTokenizer", path)
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [*CORPUS[:10], "", "  "]
-    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [library.encode(text) for text in texts]
+    expected = [library.encode(text) for text in texts]
+    ids, lengths = tokenizer.encode_flat(texts)
+    assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
+    assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (library.get_piece_size(), 2)
     assert not {1, 2} & set(tokenizer.encode(LITERAL).tolist())
     assert not {1, 2} & set(tokenizer.encode(LITERAL, add_special_tokens=True).tolist())

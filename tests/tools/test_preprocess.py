@@ -16,6 +16,7 @@ import sentencepiece
 
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import read_manifest
+from megacpt.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "preprocess.py"
@@ -44,6 +45,7 @@ def models(tmp_path_factory) -> Path:
 def command(folder, models, *inputs, prefix="out", model="with_eod.model", options=()):
     paths = [str(path) for path in inputs]
     line = [sys.executable, str(TOOL), "--input", *paths, "--output-prefix", str(folder / prefix), "--append-eod"]
+    line += ["--tokenizer-engine", "reference"]  # its tiny unigram has no fast engine
     kind = "SentencePieceTokenizer"
     return [*line, "--tokenizer-type", kind, "--tokenizer-model", str(models / model), *options]
 
@@ -186,13 +188,18 @@ def test_a_killed_worker_ends_the_run(tmp_path, models):
     assert outputs(tmp_path) == []
 
 
-def kill_in_the_middle(line, folder):
-    """Start a run that notes its position after every block, and kill it with some notes made; bytes it had noted."""
+def noting_at_once(line):
+    """The command, noting its position after every block and keeping its work however short the run."""
     script = (
         "import runpy, sys, megacpt.data.work as work\nwork.SECONDS_BETWEEN_NOTES = 0.0\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, *line[1:]], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    return [sys.executable, "-c", script, *line[1:]]
+
+
+def kill_in_the_middle(line, folder):
+    """Start a run, and kill it once it has made three more notes."""
+    process = subprocess.Popen(noting_at_once(line), env=ENVIRONMENT, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     journal = next(iter(folder.glob(".out*/journal.jsonl")), None)
     before = len(journal.read_bytes().splitlines()) if journal else 0
@@ -239,3 +246,86 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, models):
     assert done.returncode == 0
     assert "going on after " in done.stderr
     assert len(IndexedDataset(tmp_path / "out_text_document")) == 6_000
+
+
+def test_a_file_damaged_in_the_middle_is_named_and_the_files_before_it_are_kept(tmp_path, models):
+    rows = "".join(json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(40_000)).encode()
+    whole = gzip.compress(rows)
+    middle = len(whole) // 2
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    line = command(tmp_path, models, tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz")
+    done = run(noting_at_once(line))
+    assert_refused(done, "b.jsonl.gz: the gzip file is damaged", "after line ", "fetch or write the file again")
+    assert (
+        "the same command goes on after them, or from the start of the first input file that has changed" in done.stderr
+    )
+    (tmp_path / "b.jsonl.gz").write_bytes(whole)
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("going on after 2 documents that are done (1 of 2 input files")
+    manifest = read_manifest(tmp_path / "out_text_document")
+    assert manifest.documents == 40_002
+    assert [file.sha256 for file in manifest.inputs] == [sha256_of(tmp_path / n) for n in ("a.jsonl", "b.jsonl.gz")]
+
+
+def test_after_a_bad_row_the_same_command_with_skip_invalid_goes_on(tmp_path, models):
+    rows = [json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(40_000)]
+    (tmp_path / "a.jsonl").write_text("".join([*rows, "{bad\n", *rows[:10]]))
+    line = command(tmp_path, models, tmp_path / "a.jsonl")
+    assert_refused(run(noting_at_once(line)), "a.jsonl:40001", "documents are kept in ")
+    done = run([*line, "--skip-invalid"])
+    assert done.returncode == 0, done.stderr
+    assert "going on after " in done.stderr
+    manifest = read_manifest(tmp_path / "out_text_document")
+    assert (manifest.documents, manifest.skipped) == (40_010, {"invalid_json": 1})
+
+
+def test_the_work_of_another_job_is_not_gone_on_with(tmp_path, models):
+    rows = json.dumps({"text": "the first and the last"}) + "\n"
+    (tmp_path / "a.jsonl").write_text(rows * 40_000 + "{bad\n")
+    line = command(tmp_path, models, tmp_path / "a.jsonl")
+    assert_refused(run(noting_at_once(line)), "documents are kept in ")
+    done = run([*line, "--skip-invalid", "--min-chars", "5"])
+    assert done.returncode == 0, done.stderr
+    assert "holds the work of another job or of other inputs; starting afresh" in done.stderr
+    assert len(IndexedDataset(tmp_path / "out_text_document")) == 40_000
+
+
+def test_two_runs_into_one_output(tmp_path, models):
+    line, process, _ = start_long_run(tmp_path, models)
+    assert_refused(run(line), "work folder of this output is in use by another process")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in stderr
+
+
+def test_a_folder_that_nothing_can_be_written_to(tmp_path, models):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert_refused(run(command(tmp_path, models, tmp_path / "a.jsonl", prefix="closed/out")), "cannot be made")
+
+
+def test_shards_of_a_job_array_merged(tmp_path, models):
+    merger = [sys.executable, str(ROOT / "tools" / "merge_datasets.py")]
+    rows = [json.dumps({"text": f"the first {i % 700} and the last"}) + "\n" for i in range(1_000)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    options = ["--dedup", "exact", "--min-chars", "3"]
+    whole = run(command(tmp_path, models, tmp_path / "a.jsonl", options=options))
+    assert "; 300 duplicates; tokens per document: median " in whole.stdout
+    for shard in ("0/3", "1/3", "2/3"):
+        line = command(tmp_path, models, tmp_path / "a.jsonl", prefix="part", options=[*options, "--shard", shard])
+        assert run(line).returncode == 0
+    parts = sorted(str(path) for path in tmp_path.glob("part*.bin"))
+    assert [Path(part).name for part in parts] == [f"part_text_document.shard-0000{i}-of-00003.bin" for i in range(3)]
+    output = ["--output-prefix", str(tmp_path / "merged")]
+    done = run([*merger, "--input", *parts[:2], *output])
+    assert_refused(done, "of its 3 shards 1 are missing: --shard 2/3")
+    done = run([*merger, "--input", *parts, *output])
+    assert done.returncode == 0, done.stderr
+    assert "700 documents (0 empty, 300 duplicates dropped)" in done.stdout
+    for suffix in ("bin", "idx", "json"):
+        assert (tmp_path / f"merged.{suffix}").read_bytes() == (tmp_path / f"out_text_document.{suffix}").read_bytes()
