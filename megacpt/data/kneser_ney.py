@@ -6,7 +6,7 @@ counts the distinct words to its left, unless it begins with <s>, which has none
 discounts follow from the counts of counts (Chen and Goodman's equation 26) or, where those give none, are
 FALLBACK_DISCOUNTS; the unigrams are interpolated with a uniform distribution over the words, <unk> and </s>.
 
-Everything is held in memory: about 0.6 GB and 6 s per million words at order 5.
+Everything is held in memory. Measured at order 5 with 4.6 million words: 15 s, 0.8 GB.
 """
 
 from array import array
@@ -19,7 +19,7 @@ import numpy as np
 from megacpt.errors import UserError
 
 LARGEST_REFERENCE = 5_000_000
-"""Words of reference text above which this trainer refuses: 3 GB at order 5."""
+"""Words of reference text above which this trainer refuses."""
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 UNKNOWN, BEGIN, END = range(3)
 EDGES = (b"<unk>", b"<s>", b"</s>")
