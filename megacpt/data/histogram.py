@@ -53,6 +53,6 @@ def plot_scores(
     axes.spines[["top", "right"]].set_visible(False)
     left_out = len(values) - len(finite)
     axes.set_title(title + (f" ({left_out:,} without a score left out)" if left_out else ""), fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
     with atomic_write(path) as handle:
         figure.savefig(handle, format="png")

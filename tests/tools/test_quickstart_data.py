@@ -54,13 +54,17 @@ def test_the_real_corpora(tool: ModuleType, tmp_path: Path, capsys: pytest.Captu
     assert tool.main(["--output-dir", str(tmp_path / "a")]) == 0
     assert tool.main(["--output-dir", str(tmp_path / "b")]) == 0
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["general.train.jsonl", "general.valid.jsonl", "medical.train.jsonl", "medical.valid.jsonl"]
-    assert capsys.readouterr().out.count(" documents, ") == 8
+    expected = ["general.train", "general.valid", "medical.reference", "medical.train", "medical.valid"]
+    assert files == [f"{name}.jsonl" for name in expected]
+    assert capsys.readouterr().out.count(" documents, ") == 10
+    reference = rows(tmp_path / "a" / "medical.reference.jsonl")
+    assert len(reference) > 500
+    assert min(len(row["text"].split()) for row in reference) >= 40
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     for name, least_words in (("medical", 500_000), ("general", 500_000)):
         train, valid = (rows(tmp_path / "a" / f"{name}.{split}.jsonl") for split in ("train", "valid"))
-        identities = [row["id"] for row in train + valid]
+        identities = [row["id"] for row in train + valid + (reference if name == "medical" else [])]
         assert len(identities) == len(set(identities))
         assert 0.02 < len(valid) / len(identities) < 0.08
         assert sum(len(row["text"].split()) for row in train) > least_words
