@@ -124,7 +124,7 @@ class Source(Section):
 
 
 class Mixture(Section):
-    """Shares by name, and passes of the mixture; see megacpt/data/recipe.py."""
+    """Shares by name, and passes of the mixture; see megacpt/data/mixture/recipe.py."""
 
     preset: Literal["llama1", "redpajama", "slimpajama", "olmo2"] | None = Field(
         None, description="rates of a published pre-training mixture, by its sources' names"

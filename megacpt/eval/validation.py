@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import EvalSet
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import EvalSet
 from megacpt.model.forward import run_batches, stage_reads_batches
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, stage_reads_batches

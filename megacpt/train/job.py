@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout
+from megacpt.data.samples.batches import BatchLayout
 from megacpt.errors import UserError
 from megacpt.eval.validation import evaluate
 from megacpt.model.forward import Batch, run_batches

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 from megacpt.config.tree import Config, Data, Phase
 from megacpt.config.tree import Source as SourceSection
-from megacpt.data.blended import Corpus
-from megacpt.data.continuation import continuation, differences, start_of
-from megacpt.data.mixture import Budget, Course, Mixture, Passes, Shift, Source, Start
-from megacpt.data.recipe import Recipe, named_blend, shares
-from megacpt.data.solve import solve
+from megacpt.data.mixture.continuation import continuation, differences, start_of
+from megacpt.data.mixture.mixture import Budget, Course, Mixture, Passes, Shift, Source, Start
+from megacpt.data.mixture.recipe import Recipe, named_blend, shares
+from megacpt.data.mixture.solve import solve
+from megacpt.data.samples.blended import Corpus
 from megacpt.errors import UserError
 from megacpt.train.plan import Resume
 from megacpt.train.schedule import LRSchedule

@@ -11,8 +11,8 @@ import torch
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config
-from megacpt.data.blended import Corpus, EvalSet
-from megacpt.data.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.samples.blended import Corpus, EvalSet
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
 from megacpt.train.origin import Origin

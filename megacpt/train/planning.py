@@ -8,11 +8,11 @@ import torch
 from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
 from megacpt.config.check import check_config, check_micro_batches
 from megacpt.config.tree import Config
-from megacpt.data.batches import BatchLayout
-from megacpt.data.blended import Corpus, EvalSet, SourceStream
-from megacpt.data.indexed import IndexedDataset, bin_path
-from megacpt.data.manifest import read_manifest
-from megacpt.data.tokenizer import load_tokenizer
+from megacpt.data.samples.batches import BatchLayout
+from megacpt.data.samples.blended import Corpus, EvalSet, SourceStream
+from megacpt.data.tokens.indexed import IndexedDataset, bin_path
+from megacpt.data.tokens.manifest import read_manifest
+from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
 from megacpt.model.hf.reference import require_transformers

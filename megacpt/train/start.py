@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import check_import

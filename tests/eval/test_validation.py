@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megacpt.config.load import config_from
-from megacpt.data.indexed import IndexedDataset
+from megacpt.data.tokens.indexed import IndexedDataset
 from tests.ranks import run_ranks
 from tests.train import tiny
 

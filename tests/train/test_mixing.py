@@ -8,8 +8,8 @@ import pytest
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.indexed import write_dataset
-from megacpt.data.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.tokens.indexed import write_dataset
 from megacpt.errors import UserError
 from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.schedule import LRSchedule
