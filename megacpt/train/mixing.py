@@ -148,7 +148,7 @@ def _solve(
 
 def _check_sum(where: str, weights: Mapping[str, float | None]) -> None:
     """Refuse shares of a pass that are not all of it."""
-    whole = sum(Fraction(str(weight or 0)) for weight in weights.values())
+    whole = sum((Fraction(str(weight or 0)) for weight in weights.values()), Fraction(0))
     if abs(whole - 1) > Fraction(1, 10**6):
         parts = " + ".join(f"{name} {weight or 0:g}" for name, weight in weights.items())
         raise UserError(f"{where}: the shares of a pass sum to {float(whole):g} ({parts}); make them sum to 1")
