@@ -13,6 +13,7 @@ from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, trans
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import load_all, remove_partial
+from megacpt.train.guard import Watch
 from megacpt.train.job import Job
 from megacpt.train.metrics import MetricsLog
 from megacpt.train.optimizer import build_optimizer, wrap_chunks
@@ -47,6 +48,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     log = _open_log(plan) if rank.is_first else None
     if log is not None and verdict is not None:
         log.say(verdict)
+    watch = Watch(config.guard, config.save.best, log.evaluations) if log is not None else None
+    if watch is not None:
+        watch.look_back(folder / "checkpoints")
     return Job(
         plan=plan,
         rank=rank,
@@ -58,6 +62,8 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         log=log,
         lock=held,
         progress=progress_at_start(plan),
+        watch=watch,
+        ended=plan.ended,
     )
 
 
@@ -81,7 +87,8 @@ def _open_log(plan: Plan) -> MetricsLog:
             plan.origin.write(plan.base_folder, plan.architecture)
         return MetricsLog(
             folder,
-            plan.first_iteration,
+            # What came after the checkpoint to which the guard went back is the evidence, and stays.
+            plan.first_iteration if plan.ended is None else plan.ended.iteration,
             plan.last_iteration,
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb_project,

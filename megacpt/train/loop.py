@@ -1,10 +1,11 @@
 """The loop: next batch, step, log, evaluate, save, stop."""
 
+from megacpt.train.guard import Verdict
 from megacpt.train.job import Job
 
 
 def train(job: Job) -> None:
-    """Train from where the job stands to the end of its plan."""
+    """Train from where the job stands to the end of its plan, or until the guard ends it."""
     plan = job.plan
     job.finish_export()
     if plan.resume is None and plan.evaluates_after(0):
@@ -13,7 +14,8 @@ def train(job: Job) -> None:
         lr = plan.learning_rate(iteration)
         grad_norm = job.step(job.next_batch(), lr)
         job.log_step(lr, grad_norm)
-        if plan.evaluates_after(iteration):
-            job.evaluate()
-        if plan.saves_after(iteration):
+        verdict = job.evaluate() if plan.evaluates_after(iteration) else Verdict()
+        if verdict.ends_on is not None:
+            return job.end(verdict)
+        if plan.saves_after(iteration) or verdict.saves:
             job.save()

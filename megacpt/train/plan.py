@@ -15,6 +15,7 @@ from megacpt.data.blended import Corpus, EvalSet
 from megacpt.data.mixture import Mixture
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
+from megacpt.train.guard import Ended
 from megacpt.train.origin import Origin
 from megacpt.train.schedule import LRSchedule
 
@@ -52,6 +53,7 @@ class Plan:
     dtype: torch.dtype
     origin: Origin | None = None
     notes: tuple[str, ...] = ()
+    ended: Ended | None = None
 
     @property
     def first_iteration(self) -> int:
@@ -60,8 +62,8 @@ class Plan:
 
     @property
     def last_iteration(self) -> int:
-        """The iteration after which the run ends."""
-        return self.mixture.steps
+        """The iteration after which the run ends; a run that the guard ended has no further one."""
+        return self.mixture.steps if self.ended is None else self.first_iteration
 
     @property
     def base_folder(self) -> Path | None:

@@ -20,6 +20,7 @@ from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import find_checkpoint, read_state
 from megacpt.train.foreign import check_foreign, read_foreign
+from megacpt.train.guard import read_end
 from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.plan import Plan, Resume, Vocabulary
@@ -68,6 +69,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
     mixture, notes = solve_mixture(config, corpora, schedule, resume)
     schedule.check(mixture.steps_available, train.global_batch_size)
+    ended, more = read_end(config, resume.state.iteration) if resume is not None else (None, ())
     plan = Plan(
         config=config,
         layout=layout,
@@ -80,7 +82,8 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         resume=resume,
         dtype=dtype,
         origin=origin,
-        notes=notes,
+        notes=(*notes, *more),
+        ended=ended,
     )
     _check_identity(plan)
     _check_init(plan)
