@@ -19,7 +19,7 @@ from megacpt.train.metrics import MetricsLog
 from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
-from megacpt.train.start import initial_weights
+from megacpt.train.start import base_weights, initial_weights
 
 
 def build_job(plan: Plan, rank: Rank) -> Job:
@@ -34,6 +34,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
     verdict = initial_weights(plan, chunks) if plan.resume is None else None
+    base = base_weights(plan, chunks) if plan.measures_weights and plan.ended is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
@@ -64,6 +65,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         progress=progress_at_start(plan),
         watch=watch,
         ended=plan.ended,
+        base=base,
     )
 
 

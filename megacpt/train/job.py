@@ -23,6 +23,7 @@ from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import Beside, Kept, TrainState, iteration_folder, point_to, save_checkpoint
 from megacpt.train.exchange import HFOutput, export_checkpoint
+from megacpt.train.gradient_probe import Probe
 from megacpt.train.guard import Ended, Verdict, Watch, record_end
 from megacpt.train.interchange import megatron_state
 from megacpt.train.metrics import MetricsLog, error_row, mfu, validation_row
@@ -30,6 +31,8 @@ from megacpt.train.optimizer import set_learning_rate
 from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress
 from megacpt.train.rows import Row
+from megacpt.train.shares import gather_parameters
+from megacpt.train.weight_update import BaseWeights, weight_update
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Job:
     Attributes:
         watch: what evaluations decide, on the first rank.
         ended: how the guard ended the run, now or earlier.
+        base: the weights of iteration 0, where the distance from them is measured.
     """
 
     plan: Plan
@@ -53,6 +57,7 @@ class Job:
     progress: Progress
     watch: Watch | None = None
     ended: Ended | None = None
+    base: BaseWeights | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -131,6 +136,35 @@ class Job:
             "tflops_per_rank": tflops,
             "mfu": mfu(tflops, device),
         }
+
+    def probe(self, batches: list[Batch]) -> None:
+        """Compare the gradients of the coming step's domain and other samples, where that is due."""
+        iteration = self.progress.iteration + 1
+        if not self.plan.probes_gradients_of(iteration):
+            return
+        began = time.perf_counter()
+        domain = frozenset(self.sources.index(name) for name in self.plan.domain)
+        shape = (self.batch_layout.micro_batch_size, self.plan.config.data.seq_length)
+        probe = Probe(self.chunks, self.wrapped, self.optimizer, len(self.sources), domain, shape)
+        found = probe.measure(batches)
+        seconds = time.perf_counter() - began
+        if isinstance(found, str):
+            self._say(f" no gradient probe of iteration {iteration}: {found}")
+        else:
+            # Numbered like the step to come, so that a run that resumes in between has it once.
+            self._report(found | {"iteration": iteration, "seconds": seconds})
+        self.progress.interval_began += time.perf_counter() - began
+
+    def measure(self) -> None:
+        """Measure how far weights have moved, where that is due; its time is not the training steps'."""
+        if self.base is None or not self.plan.measures_weights_after(self.progress.iteration):
+            return
+        began = time.perf_counter()
+        gather_parameters(self.wrapped)
+        row = weight_update(self.base, self.plan.config.diagnostics.weight_update.layers)
+        seconds = time.perf_counter() - began
+        self._report(row | {"seconds": seconds})
+        self.progress.interval_began += time.perf_counter() - began
 
     def evaluate(self) -> Verdict:
         """Validate on every named set, log the rows, and judge them; its time is not the training steps'."""

@@ -11,9 +11,11 @@ def train(job: Job) -> None:
     if plan.resume is None and plan.evaluates_after(0):
         job.evaluate()
     for iteration in range(plan.first_iteration + 1, plan.last_iteration + 1):
-        lr = plan.learning_rate(iteration)
-        grad_norm = job.step(job.next_batch(), lr)
+        lr, batches = plan.learning_rate(iteration), job.next_batch()
+        job.probe(batches)
+        grad_norm = job.step(batches, lr)
         job.log_step(lr, grad_norm)
+        job.measure()
         verdict = job.evaluate() if plan.evaluates_after(iteration) else Verdict()
         if verdict.ends_on is not None:
             return job.end(verdict)

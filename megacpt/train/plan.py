@@ -84,6 +84,30 @@ class Plan:
             regular and (iteration % (settings.every or 1) == 0 or iteration == self.last_iteration)
         )
 
+    @property
+    def measures_weights(self) -> bool:
+        """Whether the distance from the weights of iteration 0 is measured at all."""
+        settings = self.config.diagnostics.weight_update
+        return bool(settings.at) or settings.every is not None
+
+    def measures_weights_after(self, iteration: int) -> bool:
+        """Whether it is measured once `iteration` is finished."""
+        settings = self.config.diagnostics.weight_update
+        regular = settings.every is not None and (iteration % settings.every == 0 or iteration == self.last_iteration)
+        return iteration in settings.at or regular
+
+    def probes_gradients_of(self, iteration: int) -> bool:
+        """Whether the gradients of the batch of `iteration` are probed before it is trained on."""
+        settings = self.config.diagnostics.gradient_probe
+        return iteration in settings.at or (settings.every is not None and iteration % settings.every == 0)
+
+    @property
+    def domain(self) -> tuple[str, ...]:
+        """The sources that a gradient probe sets against all others."""
+        named = self.config.diagnostics.gradient_probe.domain
+        with_ = self.config.data.mixture.with_
+        return tuple(named) or (() if with_ is None else (with_,))
+
     def saves_after(self, iteration: int) -> bool:
         """Whether a checkpoint is written once `iteration` is finished."""
         interval = self.config.save.interval

@@ -87,6 +87,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     )
     _check_identity(plan)
     _check_init(plan)
+    _check_probe(plan)
     return plan
 
 
@@ -143,6 +144,20 @@ def _check_identity(plan: Plan) -> None:
                 f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
                 "choose another save.dir and start from these weights with init.checkpoint"
             )
+
+
+def _check_probe(plan: Plan) -> None:
+    settings, sources = plan.config.diagnostics.gradient_probe, [source.name for source in plan.mixture.sources]
+    unknown = [name for name in settings.domain if name not in sources]
+    if unknown:
+        raise UserError(
+            f"diagnostics.gradient_probe.domain: there is no source '{unknown[0]}'; data has {', '.join(sources)}"
+        )
+    if (settings.at or settings.every is not None) and not 0 < len(set(plan.domain)) < len(sources):
+        raise UserError(
+            "diagnostics.gradient_probe compares the domain's sources with others: name the domain in its key domain "
+            "or in data.mixture.with, and have at least one source beside it"
+        )
 
 
 def _check_init(plan: Plan) -> None:
