@@ -1,4 +1,4 @@
-"""Text to ids and back as task evaluation needs it: framed as the model's tokenizer frames a text, special ids known."""
+"""Text to ids and back as tasks need it: framed as the model's tokenizer frames a text, special ids known."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from megacpt.errors import UserError
 
 
 class Codec(Protocol):
-    """Attributes: bos_id, eos_id: ids of the special tokens, or None; prefix: the text of what begins a document."""
+    """`bos_id`, `eos_id`: of the tokens that begin and end a text, or None."""
 
     bos_id: int | None
     eos_id: int | None

@@ -1,6 +1,6 @@
 """lm_eval's view of the live model. Imported only where lm_eval is needed; without it, the import is a UserError."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,9 @@ class MegacptLM(TemplateLM):
     attention takes whole sequences, so each new token costs a forward pass over its sequence.
     """
 
-    def __init__(self, model: LiveModel, codec: Codec, told: Callable[[int], None] = lambda done: None) -> None:
+    def __init__(self, model: LiveModel, codec: Codec) -> None:
         super().__init__()
-        self._model, self._codec, self._told = model, codec, told
+        self._model, self._codec = model, codec
 
     @property
     def eot_token_id(self) -> int:
@@ -79,9 +79,7 @@ class MegacptLM(TemplateLM):
                     f"takes 1 to {longest} after at least one"
                 )
         inputs = [(context + continuation)[-(longest + 1) :][:-1] for _, context, continuation in requests]
-        scores = self._model.ask(inputs, [continuation for _, _, continuation in requests]) if requests else []
-        self._told(len(requests))
-        return scores
+        return self._model.ask(inputs, [continuation for _, _, continuation in requests]) if requests else []
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Log-probability of whole texts, each token predicted once, in windows of the model's full length."""
@@ -122,7 +120,6 @@ class MegacptLM(TemplateLM):
             for i, answer in zip(unfinished, scores, strict=True):
                 jobs[i].ids.append(int(answer.likeliest[0]))
             unfinished = [i for i in unfinished if not self._is_finished(jobs[i])]
-        self._told(len(requests))
         return [postprocess_generated_text(self._codec.decode(job.ids), job.until, None) for job in jobs]
 
     def _is_finished(self, job: "_Generation") -> bool:

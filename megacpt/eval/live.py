@@ -6,7 +6,6 @@ on instead of leaving them waiting.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,8 @@ class LiveModel:
                 self._tell(None)
         while (request := self._tell(None)) is not None:
             try:
-                score(self.chunks, *request, self.batch_tokens)
+                rows, queries = request
+                score(self.chunks, rows, queries, self.batch_tokens)
             except ScoringFailed:
                 continue  # rank 0 raises it too, and decides what becomes of it
         return None
@@ -67,19 +67,19 @@ class LiveModel:
             ScoringFailed: on every rank.
         """
         packed = pack(inputs, min(ROW_TOKENS, self.max_length))
-        asked = [(row, place[-len(cont) :]) for row, place, cont in zip(packed.row_of, packed.places, conts, strict=True)]
+        lengths = [len(cont) for cont in conts]
         queries = Queries(
-            rows=np.repeat([row for row, _ in asked], [len(cont) for cont in conts]),
-            places=np.concatenate([places for _, places in asked]),
+            rows=np.repeat(packed.row_of, lengths),
+            places=np.concatenate([path[-length:] for path, length in zip(packed.places, lengths, strict=True)]),
             targets=np.concatenate([np.asarray(cont, dtype=np.int64) for cont in conts]),
         )
         self._tell((packed.rows, queries))
         scores = score(self.chunks, packed.rows, queries, self.batch_tokens)
-        ends = np.cumsum([len(cont) for cont in conts])[:-1]
+        ends = np.cumsum(lengths)[:-1]
         parts = zip(np.split(scores.logprobs, ends), np.split(scores.likeliest, ends), strict=True)
         return [Scores(logprobs, likeliest) for logprobs, likeliest in parts]
 
-    def _tell(self, request: tuple[list[Row], Queries] | None) -> Any:
+    def _tell(self, request: tuple[list[Row], Queries] | None) -> tuple[list[Row], Queries] | None:
         """Rank 0's request, on every rank; None: it has no more."""
         box = [request]
         dist.broadcast_object_list(box, src=0, device=self.device)

@@ -12,7 +12,7 @@ from itertools import takewhile
 import numpy as np
 
 MIN_SHARED = 0.25
-"""A sequence joins a row when at least this part of it is there already: attention over a row costs its length squared."""
+"""A sequence joins a row that has at least this part of it: attention costs a row's length squared."""
 
 
 @dataclass(frozen=True)

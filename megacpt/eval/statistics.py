@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+Items = Mapping[str, tuple[float, float]]
+"""Numerator and denominator by an item's key."""
 RESAMPLES = 1000
 LEVEL = 0.95
 
@@ -49,16 +51,6 @@ class Measure:
         """Values over resampled items, float64 [RESAMPLES]; the same draws for the same name and number of items."""
         return self.values(_weights(self.name, len(self.keys)))
 
-    def only(self, keys: set[str]) -> "Measure":
-        """Restricted to some items."""
-        kept = [number for number, key in enumerate(self.keys) if key in keys]
-        return replace(
-            self,
-            keys=tuple(self.keys[number] for number in kept),
-            numerators=self.numerators[kept],
-            denominators=self.denominators[kept],
-        )
-
 
 def _weights(name: str, items: int) -> np.ndarray:
     rng = np.random.default_rng([zlib.crc32(name.encode()), items])
@@ -90,21 +82,21 @@ def estimate(measures: Sequence[Measure | Sequence[Measure]]) -> Estimate:
 
 
 def difference(
-    measures: Sequence[Measure | Sequence[Measure]], base: Mapping[str, Measure]
+    measures: Sequence[Measure | Sequence[Measure]], base: Mapping[str, Items]
 ) -> tuple[Estimate, int] | None:
-    """`estimate` minus that of `base` on the items that both have, resampled together; and the number of those items.
+    """`estimate` minus the same of `base` on the items that both have, resampled together; and how many those are.
 
     Args:
         base: by the measure's name. None is returned where it lacks a measure, or shares no item with one.
     """
     values, draws, items = [], [], 0
     for members in map(_members, measures):
-        pairs = [pair for pair in (_matched(m, base.get(m.name)) for m in members) if pair is not None]
+        pairs = [pair for m in members if (pair := _matched(m, base.get(m.name, {}))) is not None]
         if len(pairs) < len(members):
             return None
-        values.append(_mean([a.value - b.value for a, b in pairs]))
-        draws.append(np.mean([a.bootstrap() - b.bootstrap() for a, b in pairs], axis=0))
-        items += sum(len(a.keys) for a, _ in pairs)
+        values.append(_mean([now.value - before.value for now, before in pairs]))
+        draws.append(np.mean([now.bootstrap() - before.bootstrap() for now, before in pairs], axis=0))
+        items += sum(len(now.keys) for now, _ in pairs)
     return _interval(_mean(values), np.mean(draws, axis=0)), items
 
 
@@ -112,19 +104,15 @@ def _members(entry: Measure | Sequence[Measure]) -> Sequence[Measure]:
     return [entry] if isinstance(entry, Measure) else entry
 
 
-def _matched(measure: Measure, base: Measure | None) -> tuple[Measure, Measure] | None:
-    shared = set(measure.keys) & set(base.keys) if base is not None else set()
-    if base is None or not shared:
+def _matched(measure: Measure, base: Items) -> tuple[Measure, Measure] | None:
+    """The measure and its counterpart of `base`, item by item."""
+    kept = [number for number, key in enumerate(measure.keys) if key in base]
+    if not kept:
         return None
-    first, second = measure.only(shared), base.only(shared)
-    order = {key: number for number, key in enumerate(second.keys)}
-    lined_up = [order[key] for key in first.keys]
-    return first, replace(
-        second,
-        keys=first.keys,
-        numerators=second.numerators[lined_up],
-        denominators=second.denominators[lined_up],
-    )
+    keys = tuple(measure.keys[number] for number in kept)
+    parts = np.array([base[key] for key in keys], dtype=np.float64).T
+    now = replace(measure, keys=keys, numerators=measure.numerators[kept], denominators=measure.denominators[kept])
+    return now, replace(now, numerators=parts[0], denominators=parts[1])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,11 +9,11 @@ import csv
 import gzip
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,11 @@ def _winogrande(item: Item) -> Item:
     if "sentence" in item:
         return item
     first, second = item["context_options"]
-    shared = os.path.commonprefix([first, second])
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
     return {
-        "sentence": f"{shared}_ {item['continuation']}",
-        "option1": first[len(shared) :],
-        "option2": second[len(shared) :],
+        "sentence": f"{first[:shared]}_ {item['continuation']}",
+        "option1": first[shared:],
+        "option2": second[shared:],
         "answer": str(item["gold"] + 1),
     }
 
@@ -150,7 +150,7 @@ class TaskData:
         except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as items of {task} ({error}); restore the file") from error
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its rows are no items of {task} ({error!r}); see its data set's fields") from error
+            raise UserError(f"{path}: its rows are no items of {task} ({error!r}); see the task's data set") from error
         if not items:
             raise UserError(f"{path}: holds no item of {task}; restore the file")
         return items

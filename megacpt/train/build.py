@@ -19,6 +19,7 @@ from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
 from megacpt.train.start import initial_weights
+from megacpt.train.tasks import build_tasks
 
 
 def build_job(plan: Plan, rank: Rank) -> Job:
@@ -58,6 +59,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         log=log,
         lock=held,
         progress=progress_at_start(plan),
+        tasks=build_tasks(plan, is_first=rank.is_first),
     )
 
 

@@ -27,6 +27,7 @@ from megacpt.train.metrics import MetricsLog, mfu, perplexity
 from megacpt.train.optimizer import set_learning_rate
 from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress
+from megacpt.train.tasks import Tasks
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Job:
     log: MetricsLog | None
     lock: IO[str] | None
     progress: Progress
+    tasks: Tasks | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -144,6 +146,22 @@ class Job:
                     }
                 )
         self.progress.interval_began += time.perf_counter() - began
+
+    def run_tasks(self) -> None:
+        """Run the tasks and log their rows; a failure is a row, and training goes on."""
+        began, progress = time.perf_counter(), self.progress
+        assert self.tasks is not None, "the plan runs tasks"
+        for row in self.tasks.run(self.wrapped, progress.iteration):
+            if self.log is not None:
+                self.log.evaluation(
+                    {
+                        "iteration": progress.iteration,
+                        "consumed_samples": progress.iteration * self.plan.mixture.global_batch_size,
+                        "consumed_tokens": progress.consumed_tokens,
+                        **row,
+                    }
+                )
+        progress.interval_began += time.perf_counter() - began
 
     def save(self) -> None:
         """Write a checkpoint of now."""

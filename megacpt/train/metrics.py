@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from megacpt.eval.results import line_of
 from megacpt.files import disk_errors, write_text
 
 Row = dict[str, Any]
@@ -93,6 +94,11 @@ def scalars(row: Row) -> dict[str, float]:
             f"{tag} vs samples": row["loss"],
             f"{tag} ppl vs samples": row["ppl"],
         }
+    if "task" in row or "suite" in row:
+        name = f"tasks/{row['task']}/{row['metric']}" if "task" in row else f"suites/{row['suite']}"
+        return {} if row["value"] is None else {name: row["value"]}
+    if "evaluation_error" in row:
+        return {}
     values = {
         "lm loss": row["lm_loss"],
         "lm loss vs samples": row["lm_loss"],
@@ -149,6 +155,11 @@ class MetricsLog:
         self._write(row)
         self._validations.append(row)
         self.say(validation_line(row))
+
+    def evaluation(self, row: Row) -> None:
+        """Log a row of a task, of a suite, or of one that failed."""
+        self._write(row)
+        self.say(f" iteration {row['iteration']} | {line_of(row)}")
 
     def summary(self) -> None:
         """Say what the validation losses did and where everything is."""

@@ -96,6 +96,11 @@ eval.sets.NAME
 eval.at
 eval.every
 eval.iters
+eval.tasks
+eval.task_data
+eval.task_limit
+eval.tasks_at
+eval.tasks_every
 init.checkpoint
 init.hf
 init.gate
