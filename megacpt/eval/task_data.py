@@ -180,7 +180,7 @@ class TaskData:
 
 def _medmcqa(rows: list[Item]) -> list[Item]:
     """The release counts the right option from 1, the hub's data set from 0."""
-    from_one = rows and min(row["cop"] for row in rows) >= 1
+    from_one = min((row["cop"] for row in rows), default=0) >= 1
     fields = ("question", "opa", "opb", "opc", "opd")
     return [{field: row[field] for field in fields} | {"cop": row["cop"] - int(from_one)} for row in rows]
 
