@@ -130,11 +130,13 @@ class TaskData:
     def find(self, task: str) -> Path | None:
         """The file that holds a task's items; None where there is none."""
         names = [f"{name}{end}" for name in (task, *OTHER_NAMES.get(task, ())) for end in ENDINGS]
-        if task.startswith(MMLU):
-            names += MMLU_ARCHIVES
         if task == "pubmedqa":
             names += PUBMEDQA
-        return next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        found = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        if found is not None or not task.startswith(MMLU):
+            return found
+        archives = [self.folder / name for name in MMLU_ARCHIVES if (self.folder / name).is_file()]
+        return next((archive for archive in archives if _holds(archive, task)), None)
 
     def items(self, task: str) -> list[Item]:
         """A task's items in the hub's fields, in the order of the file.
@@ -157,7 +159,7 @@ class TaskData:
 
     def _read(self, path: Path, task: str) -> list[Item]:
         if path.name in MMLU_ARCHIVES:
-            return _mmlu(path, task.removeprefix(MMLU))
+            return _mmlu(path, task)
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
         if path.name in PUBMEDQA:
@@ -185,9 +187,23 @@ def _medmcqa(rows: list[Item]) -> list[Item]:
     return [{field: row[field] for field in fields} | {"cop": row["cop"] - int(from_one)} for row in rows]
 
 
-def _mmlu(archive: Path, topic: str) -> list[Item]:
+def _member(task: str) -> str:
+    return f"data/test/{task.removeprefix(MMLU)}_test.csv"
+
+
+def _holds(archive: Path, task: str) -> bool:
+    """Whether a topic is in the archive; of one that cannot be read, reading it will tell."""
+    try:
+        with tarfile.open(archive) as files:
+            return _member(task) in files.getnames()
+    except (OSError, EOFError, zlib.error, tarfile.TarError):
+        return True
+
+
+def _mmlu(archive: Path, task: str) -> list[Item]:
+    topic = task.removeprefix(MMLU)
     with tarfile.open(archive) as files:
-        member = files.extractfile(f"data/test/{topic}_test.csv")
+        member = files.extractfile(_member(task))
         assert member is not None
         rows = list(csv.reader(io.TextIOWrapper(member, encoding="utf-8", newline="")))
     return [

@@ -150,9 +150,7 @@ def test_torch_is_the_reference_of_the_split_softmax() -> None:
     logits[3, 7] = logits[3, 20] = 9.0
     expected = logits.log_softmax(1)
     for scores in found:
-        torch.testing.assert_close(
-            scores[0], expected.gather(1, targets[:, None])[:, 0].double(), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(scores[0], expected.gather(1, targets[:, None])[:, 0].double(), rtol=0, atol=1e-6)
         assert scores[1].long().tolist() == logits.argmax(1).tolist()
         assert scores[1, 3] == 7
 
