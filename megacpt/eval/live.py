@@ -64,7 +64,8 @@ class LiveModel:
             conts: the tokens that follow those positions, the last of which is in no input.
 
         Raises:
-            ScoringFailed: on every rank.
+            ScoringFailed: on every rank where a forward pass raised, on rank 0 where the model gives no numbers: the
+                likeliest of several NaN is the first, so that a metric would look like one.
         """
         packed = pack(inputs, min(ROW_TOKENS, self.max_length))
         lengths = [len(cont) for cont in conts]
@@ -75,6 +76,8 @@ class LiveModel:
         )
         self._tell((packed.rows, queries))
         scores = score(self.chunks, packed.rows, queries, self.batch_tokens)
+        if lost := int(np.isnan(scores.logprobs).sum()):
+            raise ScoringFailed(f"{lost:,} of {len(scores.logprobs):,} log-probabilities are NaN")
         ends = np.cumsum(lengths)[:-1]
         parts = zip(np.split(scores.logprobs, ends), np.split(scores.likeliest, ends), strict=True)
         return [Scores(logprobs, likeliest) for logprobs, likeliest in parts]

@@ -33,7 +33,7 @@ def rows_of(evaluation: "Evaluation", selection: Selection, base: Base | None, b
             interval = None if metric.measure is None else estimate([metric.measure])
             rows.append(_task_row(task, suite, name, metric, interval, len(result.items), paired))
             if not math.isfinite(metric.value):
-                errors.append(error_row(task, f"{name} is {metric.value}: a log-probability is not finite"))
+                errors.append(error_row(task, f"its {name} is {metric.value}"))
     accuracies = _accuracies(evaluation)
     for group in selection.groups:
         members = [accuracies[task] for task in GROUPS[group] if task in accuracies]

@@ -18,6 +18,7 @@ from megacpt.errors import UserError
 from megacpt.eval.codec import Codec
 from megacpt.eval.harness import MegacptLM
 from megacpt.eval.live import LiveModel
+from megacpt.eval.scoring import ScoringFailed
 from megacpt.eval.statistics import Measure
 from megacpt.eval.suites import MMLU_MEDICAL, unknown_task
 from megacpt.eval.task_data import MMLU, TaskData
@@ -93,7 +94,7 @@ def evaluate_tasks(
         for name in tasks:
             try:
                 evaluation.results[name] = run_task(lm, name, data, limit)
-            except UserError as error:
+            except (UserError, ScoringFailed) as error:
                 evaluation.failures[name] = str(error)
             except Exception as error:
                 evaluation.failures[name] = f"{type(error).__name__}: {error}"
