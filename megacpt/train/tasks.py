@@ -113,15 +113,19 @@ def build_tasks(plan: Plan, *, is_first: bool) -> Tasks | None:
     config = plan.config
     if not config.eval.tasks:
         return None
+    folder = Path(config.save.dir) / "tasks"
     codec = run_codec(config, plan.base_folder) if is_first else None
     assert codec is not None or not is_first, "check_task_settings has found a tokenizer"
+    if is_first and plan.resume is None:
+        # Of another run that once lived here: nothing to pair with.
+        (folder / items_file(0)).unlink(missing_ok=True)
     return Tasks(
         selection=select(config.eval.tasks),
         absent=plan.absent_tasks,
         data=task_data(config),
         limit=config.eval.task_limit,
         codec=codec,
-        folder=Path(config.save.dir) / "tasks",
+        folder=folder,
         max_length=plan.architecture.max_position_embeddings,
         batch_tokens=max(MIN_BATCH_TOKENS, config.train.micro_batch_size * config.data.seq_length),
     )

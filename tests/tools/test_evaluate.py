@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,22 @@ def test_mistakes_are_told_in_one_sentence(
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("error: ")
     assert sentence in error[-1]
+
+
+def test_without_lm_eval_it_says_what_to_install(
+    folder: Path,
+    load_tool: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("megacpt.eval.harness", "megacpt.eval.tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    arguments = ["--hf", str(folder / "base"), "--tasks", "piqa", "--task-data", str(folder / "data")]
+    assert load_tool("evaluate").main(arguments) == 2
+    assert "which is not installed; pip install 'megacpt[eval]'" in capsys.readouterr().err
 
 
 def import_here(folder: Path) -> None:
