@@ -20,6 +20,7 @@ from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
 from megacpt.train.start import base_weights, initial_weights
+from megacpt.train.tasks import build_tasks
 
 
 def build_job(plan: Plan, rank: Rank) -> Job:
@@ -66,6 +67,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         watch=watch,
         ended=plan.ended,
         base=base,
+        tasks=build_tasks(plan, is_first=rank.is_first),
     )
 
 

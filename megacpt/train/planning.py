@@ -25,6 +25,7 @@ from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.plan import Plan, Resume, Vocabulary
 from megacpt.train.schedule import LRSchedule
+from megacpt.train.tasks import check_task_settings
 
 SCAN_LIMIT = 256 << 20
 """Bytes of tokens up to which a dataset without a manifest is scanned for foreign tokens before training."""
@@ -84,6 +85,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         origin=origin,
         notes=(*notes, *more),
         ended=ended,
+        absent_tasks=check_task_settings(config, origin),
     )
     _check_identity(plan)
     _check_init(plan)

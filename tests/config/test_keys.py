@@ -105,6 +105,11 @@ diagnostics.gradient_probe.domain
 guard.metric
 guard.max_drop
 guard.action
+eval.tasks
+eval.task_data
+eval.task_limit
+eval.tasks_at
+eval.tasks_every
 init.checkpoint
 init.hf
 init.gate
