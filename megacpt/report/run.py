@@ -44,6 +44,11 @@ class Metric:
         return f"{self.name} average" if self.kind == "suite" else f"{self.name} ({self.measure})"
 
     @property
+    def heading(self) -> str:
+        """The title at the beginning of a line; tasks and suites keep their own spelling."""
+        return self.title[:1].upper() + self.title[1:] if self.kind == "set" else self.title
+
+    @property
     def unit(self) -> str:
         """For the axis; says which way is better."""
         way = "higher is better" if self.curve.higher_is_better else "lower is better"
