@@ -19,6 +19,7 @@ LAYERS = (
     ("megacpt.data", "megacpt.model"),
     ("megacpt.eval",),
     ("megacpt.train",),
+    ("megacpt.bench", "megacpt.report"),
     ("tools",),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -42,9 +42,7 @@ class LogAxis:
         """Where values lie; between zero and `first` in proportion."""
         span = math.log(self.high / self.first)
         logs = np.log(np.maximum(values, self.first) / self.first) / span
-        return np.where(
-            values < self.first, ZERO_SHARE * values / self.first, ZERO_SHARE + (1 - ZERO_SHARE) * logs
-        )
+        return np.where(values < self.first, ZERO_SHARE * values / self.first, ZERO_SHARE + (1 - ZERO_SHARE) * logs)
 
     def ticks(self, most: int) -> list[float]:
         """Zero and the 1, 2, 5 (or only the 1) of decades."""

@@ -108,7 +108,10 @@ def _newest_checkpoint(root: Path) -> dict[str, Any]:
 
 
 def lock_is_held(path: Path) -> bool | None:
-    """Whether a process holds a flock on `path`, by the kernel's table: asking with flock could refuse a run its start."""
+    """Whether a process holds a flock on `path`, by the kernel's table; None where there is none.
+
+    Asking with flock itself could refuse a run its start at that moment.
+    """
     try:
         table = Path("/proc/locks").read_text(encoding="utf-8")
         inode = path.stat().st_ino

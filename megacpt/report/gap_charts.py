@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megacpt.eval.stability import Gap, make_curve
+from megacpt.eval.stability import Gap, Mark, make_curve
 from megacpt.report.arms import Arm, Key, difference_curve, keys_of, mean_metric
 from megacpt.report.chart import Finding, Level, LineChart, Note, Series
 from megacpt.report.run import Metric
-from megacpt.report.words import capital, gap_sentence, signed, tokens_text, value_text
+from megacpt.report.words import gap_sentence, signed, tokens_text, value_text
 
 TEXTS_MOST = 2
 """Arms whose dips are named in the chart; of more only the places are ringed, the sentences have the numbers."""
@@ -31,7 +31,7 @@ def gap_chart(arms: Sequence[Arm], key: Key) -> LineChart:
     for arm, metric in zip(with_it, means, strict=True):
         series += _series(arm, arm.metrics(key), metric, label="" if alone else arm.name, band=len(means) <= BANDS_MOST)
         subject = None if alone else ""
-        sentence = capital(gap_sentence(metric, ended=arm.ended, subject=subject).strip(": "))
+        sentence = gap_sentence(metric, ended=arm.ended, subject=subject)
         findings.append(Finding(sentence, arm.colour, "" if alone else _name(arm)))
         if metric.gap is not None:
             notes += _notes(metric.gap, metric, arm.colour, text=len(means) <= TEXTS_MOST)
@@ -52,9 +52,9 @@ def _name(arm: Arm) -> str:
 
 def _series(arm: Arm, metrics: Sequence[Metric], mean: Metric, *, label: str, band: bool) -> list[Series]:
     curve = mean.curve
-    bounds = (curve.low, curve.high) if band and np.isfinite(curve.low).any() else (None, None)
+    low, high = (curve.low, curve.high) if band and np.isfinite(curve.low).any() else (None, None)
     dashed = arm.colour >= 4
-    found = [Series(curve.tokens, curve.value, arm.colour, label, *bounds, points=True, dashed=dashed)]
+    found = [Series(curve.tokens, curve.value, arm.colour, label, low, high, points=True, dashed=dashed)]
     if len(metrics) > 1:
         found += [Series(m.curve.tokens, m.curve.value, arm.colour, "", faint=True) for m in metrics]
     return found
@@ -95,24 +95,30 @@ def difference_charts(a: Arm, b: Arm) -> list[LineChart]:
         if not points or not metrics:
             continue
         curve = make_curve(points, higher_is_better=metrics[0].curve.higher_is_better)
-        last = curve.mark(len(curve) - 1)
-        told = f"{signed(last.value)} at {tokens_text(last.tokens)}"
-        if np.isnan(last.low):
-            verdict = f"{told}; one seed has no interval"
-        else:
-            better = (last.value > 0) == curve.higher_is_better
-            away = last.low > 0 or last.high < 0
-            winner = f"{a.name if better else b.name} is better" if away else "no difference beyond chance"
-            verdict = f"{told} [{signed(last.low)}, {signed(last.high)}], {method}: {winner}"
-        bounds = (None, None) if np.isnan(curve.low).all() else (curve.low, curve.high)
+        largest, last = curve.mark(int(np.argmax(np.abs(curve.value)))), curve.mark(len(curve) - 1)
+        told = [f"Largest {_verdict(largest, a, b, curve.higher_is_better)}"]
+        if last != largest:
+            told.append(f"At the end {_verdict(last, a, b, curve.higher_is_better)}")
+        told.append(f"Intervals: {method}." if method != "one seed" else "One seed has no interval.")
+        low, high = (None, None) if np.isnan(curve.low).all() else (curve.low, curve.high)
         charts.append(
             LineChart(
                 title=f"{metrics[0].heading}: {a.name} minus {b.name}",
-                findings=(Finding(f"{verdict}.", a.colour),),
+                findings=(Finding(" ".join(told), a.colour),),
                 y_label=f"difference ({metrics[0].unit.partition(' (')[0]})",
-                series=(Series(curve.tokens, curve.value, a.colour, "", *bounds, points=True),),
+                series=(Series(curve.tokens, curve.value, a.colour, "", low, high, points=True),),
                 write=lambda value: signed(value) if value else "0",
                 levels=(Level(0.0, "equal"),),
             )
         )
     return charts
+
+
+def _verdict(mark: Mark, a: Arm, b: Arm, higher_is_better: bool) -> str:
+    told = f"{signed(mark.value)} at {tokens_text(mark.tokens)}"
+    if np.isnan(mark.low):
+        return f"{told}."
+    better = (mark.value > 0) == higher_is_better
+    away = mark.low > 0 or mark.high < 0
+    winner = f"{a.name if better else b.name} is better" if away else "no difference beyond chance"
+    return f"{told} [{signed(mark.low)}, {signed(mark.high)}]: {winner}."

@@ -1,10 +1,11 @@
 """Runs as they are named on a command line: FOLDER, NAME=FOLDER, and groups NAME=RUN,RUN."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megacpt.errors import UserError
-from megacpt.report.run import RunData, read_run
+from megacpt.report.reading import read_run
+from megacpt.report.run import RunData
 
 
 def read_named(runs: Sequence[str], groups: Sequence[str]) -> tuple[list[RunData], dict[str, list[RunData]]]:
@@ -27,6 +28,21 @@ def read_named(runs: Sequence[str], groups: Sequence[str]) -> tuple[list[RunData
             raise UserError(f"{text}: another run is called {name} already; give each its own name")
         else:
             given[name] = folder
+    members = _members(groups, given)
+    called = {_real(folder): name for name, folder in given.items()}
+    unnamed += [folder for group in members.values() for folder in group]
+    fresh = {_real(folder): folder for folder in unnamed if _real(folder) not in called}
+    called |= dict(zip(fresh, short_names(list(fresh)), strict=True))
+    places = {_real(folder): folder for folder in [*given.values(), *fresh.values()]}
+    if not places:
+        raise UserError("no run is named; give at least one run's folder")
+    read = {real: read_run(folder, called[real]) for real, folder in places.items()}
+    return list(read.values()), {
+        name: [read[real] for real in dict.fromkeys(map(_real, group))] for name, group in members.items()
+    }
+
+
+def _members(groups: Sequence[str], given: Mapping[str, Path]) -> dict[str, list[Path]]:
     members: dict[str, list[Path]] = {}
     for text in groups:
         name, equals, rest = text.partition("=")
@@ -36,17 +52,7 @@ def read_named(runs: Sequence[str], groups: Sequence[str]) -> tuple[list[RunData
         if name in members:
             raise UserError(f"--group {text}: there is a group {name} already; give each its own name")
         members[name] = folders
-    called = {_real(folder): name for name, folder in given.items()}
-    unnamed += [folder for folders in members.values() for folder in folders]
-    fresh = {_real(folder): folder for folder in unnamed if _real(folder) not in called}
-    called |= dict(zip(fresh, short_names(list(fresh)), strict=True))
-    folders = {_real(folder): folder for folder in [*given.values(), *fresh.values()]}
-    if not folders:
-        raise UserError("no run is named; give at least one run's folder")
-    read = {real: read_run(folder, called[real]) for real, folder in folders.items()}
-    return list(read.values()), {
-        name: [read[real] for real in dict.fromkeys(map(_real, group))] for name, group in members.items()
-    }
+    return members
 
 
 def _name_and_folder(text: str) -> tuple[str, Path]:

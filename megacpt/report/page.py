@@ -10,19 +10,11 @@ import yaml
 from megacpt.report.arms import Arm
 from megacpt.report.chart import Chart, Finding, LineChart
 from megacpt.report.gap_charts import difference_charts, gap_charts
+from megacpt.report.heat import draw_heat_map
 from megacpt.report.run import RunData
-from megacpt.report.svg import draw, tips
-from megacpt.report.tables import (
-    Cell,
-    Table,
-    comparison_table,
-    configuration_table,
-    gap_table,
-    headline,
-    provenance_table,
-    run_table,
-    suite_table,
-)
+from megacpt.report.run_tables import configuration_table, provenance_table, run_table
+from megacpt.report.svg import draw_lines, tips
+from megacpt.report.tables import Cell, Table, comparison_table, gap_table, headline, suite_table
 from megacpt.report.training_charts import training_charts, weight_charts
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -42,7 +34,7 @@ def make_page(title: str, arms: Sequence[Arm], written: datetime) -> str:
         *_suites(arms),
         *_section("Training", f"Faint: as logged. Bold: running mean.{one_of}",
                   training_charts(runs)),
-        *_section("Weights", f"How far weights are from the base, and whether domain and general gradients agree.{one_of}",
+        *_section("Weights", f"How far weights are from the base; whether domain and general gradients agree.{one_of}",
                   weight_charts(runs)),
         *_provenance([run for run, _ in runs]),
         f'<p class="soft">Written {written:%Y-%m-%d %H:%M} by megacpt from {len(runs)} run'
@@ -57,7 +49,8 @@ def make_page(title: str, arms: Sequence[Arm], written: datetime) -> str:
         f"<title>{escape(title)}</title><style>\n{style}</style></head><body>"
         '<input class="pick" type="radio" name="scale" id="log" checked aria-label="log token axis">'
         '<input class="pick" type="radio" name="scale" id="linear" aria-label="linear token axis">'
-        f'<main>{"".join(body)}</main><div id="tip" role="status" hidden></div><script>\n{script}</script></body></html>\n'
+        f'<main>{"".join(body)}</main><div id="tip" role="status" hidden></div>'
+        f"<script>\n{script}</script></body></html>\n"
     )
 
 
@@ -81,13 +74,13 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
     seeds = any(not arm.single for arm in arms)
     bands = "Bands are 95 % t intervals of the mean over seeds." if seeds else "Bands are 95 % intervals."
     text = (
-        f"Each ability from step 0 on. The dotted line is its level before training. {bands} A bracket marks a dip that "
-        "is more than chance, an open ring the return to the level of step 0."
+        f"Each ability from step 0 on. The dotted line is its level before training. {bands} A bracket marks a dip "
+        "that is more than chance, an open ring the return to the level of step 0."
     )
     numbers = (
         "<h2>The gap\u2019s numbers</h2><p>Depth, area and recovery are measured against step 0, linear between "
-        "evaluations. A dip is significant where the paired interval excludes zero or, without one, where the worst value "
-        "lies outside the interval of step 0.</p>"
+        "evaluations. A dip is significant where its paired interval excludes zero or, without one, where the worst "
+        "value lies outside the interval of step 0; it is not tested where neither is known.</p>"
     )
     return [*_section("The stability gap", text, charts), numbers, _table(gap_table(arms))]
 
@@ -95,13 +88,19 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
 def _section(title: str, text: str, charts: Sequence[Chart]) -> list[str]:
     if not charts:
         return []
-    return [f"<h2>{escape(title)}</h2><p>{escape(text)}</p>{SCALE}", f'<div class="grid2">{"".join(map(_figure, charts))}</div>']
+    return [
+        f"<h2>{escape(title)}</h2><p>{escape(text)}</p>{SCALE}",
+        f'<div class="grid2">{"".join(map(_figure, charts))}</div>',
+    ]
 
 
 def _figure(chart: Chart) -> str:
     said = "".join(f"<li>{_key(finding)}{escape(finding.text)}</li>" for finding in chart.findings)
-    data = f'<script type="application/json">{tips(chart)}</script>' if isinstance(chart, LineChart) else ""
-    drawn = draw(chart, log=True) + draw(chart, log=False)
+    if isinstance(chart, LineChart):
+        drawn = draw_lines(chart, log=True) + draw_lines(chart, log=False)
+        data = f'<script type="application/json">{tips(chart)}</script>'
+    else:
+        drawn, data = draw_heat_map(chart, log=True) + draw_heat_map(chart, log=False), ""
     return f"<figure><h3>{escape(chart.title)}</h3><ul>{said}</ul>{drawn}{data}</figure>"
 
 
@@ -119,8 +118,8 @@ def _comparison_sections(arms: Sequence[Arm]) -> Iterable[str]:
     for other in others:
         yield f"<h2>{escape(first.name)} against {escape(other.name)}</h2>"
         yield (
-            "<p>Differences are first minus second. Intervals are Student\u2019s t at 95 %: over pairs of equal seeds, or "
-            "Welch\u2019s where seeds differ. A bootstrap of so few seeds would be too narrow.</p>"
+            "<p>Differences are first minus second. Intervals are Student\u2019s t at 95 %: over pairs of equal seeds, "
+            "or Welch\u2019s where seeds differ. A bootstrap of so few seeds would be too narrow.</p>"
         )
         charts = difference_charts(first, other)
         yield f'{SCALE}<div class="grid2">{"".join(map(_figure, charts))}</div>'
@@ -130,8 +129,10 @@ def _comparison_sections(arms: Sequence[Arm]) -> Iterable[str]:
 def _suites(arms: Sequence[Arm]) -> Iterable[str]:
     names = dict.fromkeys(suite.name for arm in arms for run in arm.runs for suite in run.suites)
     for name in names:
-        yield f"<h2>{escape(name)}</h2><p>Scores in %, at step 0 and at each run\u2019s last evaluation. Averages are "
-        yield "unweighted and computed from these cells; a suite that lacks a task has none. Best of a column in bold.</p>"
+        yield (
+            f"<h2>{escape(name)}</h2><p>Scores in %, at step 0 and at each run\u2019s last evaluation. Averages are "
+            "unweighted, of these cells; a suite that lacks a task has none. The best of a column is bold.</p>"
+        )
         yield _table(suite_table(arms, name))
 
 
@@ -145,10 +146,14 @@ def _provenance(runs: Sequence[RunData]) -> Iterable[str]:
         heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         yield heading + _table(provenance_table(run), of="wide")
         if run.provenance.announced:
-            yield f"<details><summary>What it said at its start</summary><pre>{escape(run.provenance.announced)}</pre></details>"
+            yield _details("What it said at its start", run.provenance.announced)
         if run.provenance.config:
             text = yaml.safe_dump(run.provenance.config, sort_keys=False, allow_unicode=True)
-            yield f"<details><summary>Resolved configuration</summary><pre>{escape(text)}</pre></details>"
+            yield _details("Resolved configuration", text)
+
+
+def _details(summary: str, text: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _table(table: Table, of: str = "") -> str:

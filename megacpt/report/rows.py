@@ -24,6 +24,10 @@ MARKS = (
 """The key by which a row's kind is known, first match first (a task row names its suite too)."""
 
 
+class NotYet(UserError):
+    """There is nothing to read, which in a run that has just begun will change."""
+
+
 class Row(NamedTuple):
     """A row of metrics.jsonl and its place, for sentences about it."""
 
@@ -71,8 +75,8 @@ def column(rows: Iterable[Row], key: str) -> Floats:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file in the order of training. Rows of unknown kinds are left out.
 
-    A last line without its end is being written, or was cut off by a kill, and does not count. Where iterations go back,
-    a run was resumed: what it then wrote stands for everything from there on.
+    A last line without its end is being written, or was cut off by a kill, and does not count. Where iterations go
+    back, a run was resumed: what it then wrote stands for everything from there on.
 
     Raises:
         UserError: there is no such file, or a line is damaged.
@@ -80,7 +84,7 @@ def read_rows(path: Path) -> list[Row]:
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(
+        raise NotYet(
             f"{path.parent}: no metrics.jsonl in it; give a run's folder, the one that save.dir named"
         ) from error
     except OSError as error:

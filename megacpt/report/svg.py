@@ -1,4 +1,4 @@
-"""Charts as SVG text. Colours and type are classes of assets/page.css, so that light, dark and print need no second copy."""
+"""Line charts as SVG text. Colours and type are classes of assets/page.css, for light, dark and print alike."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,8 +9,7 @@ import numpy as np
 
 from megacpt.eval.stability import Floats
 from megacpt.report.axes import Axis, LinearAxis, LogAxis, spread, token_axis, value_axis
-from megacpt.report.chart import Chart, HeatMap, Level, LineChart, Note, Series
-from megacpt.report.palette import DIVERGING, SEQUENTIAL, shade
+from megacpt.report.chart import Chart, Level, LineChart, Note, Series
 from megacpt.report.words import counted
 
 WIDTH, HEIGHT = 560, 300
@@ -41,14 +40,12 @@ class Frame:
         return self.bottom - self.y.place(np.asarray(values, np.float64)) * (self.bottom - self.top)
 
 
-def draw(chart: Chart, *, log: bool) -> str:
+def draw_lines(chart: LineChart, *, log: bool) -> str:
     """A chart as an <svg> element that scales with its container.
 
     Args:
         log: a log token axis, on which the first steps are legible; else a linear one.
     """
-    if isinstance(chart, HeatMap):
-        return _heat_map(chart, log=log)
     labels = [cut(series.label) for series in chart.series] + [cut(level.label) for level in chart.levels]
     right = WIDTH - 14 - CHARACTER * max(map(len, labels), default=0)
     columns = [c for s in chart.series for c in (s.y, s.low, s.high) if c is not None]
@@ -69,7 +66,7 @@ def draw(chart: Chart, *, log: bool) -> str:
     ]
     at = tip_places(chart)
     places = " ".join(f"{place:.1f}" for place in frame.px(at)) if len(at) else ""
-    return _svg(chart, parts, log=log, data=f' data-px="{places}"')
+    return element(chart, parts, log=log, data=f' data-px="{places}"')
 
 
 def cut(label: str) -> str:
@@ -77,7 +74,8 @@ def cut(label: str) -> str:
     return label if len(label) <= LABEL_MOST else f"{label[: LABEL_MOST - 9]}\u2026{label[-8:]}"
 
 
-def _svg(chart: Chart, parts: Iterable[str], *, log: bool, data: str = "") -> str:
+def element(chart: Chart, parts: Iterable[str], *, log: bool, data: str = "") -> str:
+    """The <svg> of a chart, its findings as what a screen reader says."""
     said = escape(". ".join([chart.title, *(finding.text for finding in chart.findings)]), quote=True)
     return (
         f'<svg class="chart {"log" if log else "linear"}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -85,7 +83,8 @@ def _svg(chart: Chart, parts: Iterable[str], *, log: bool, data: str = "") -> st
     )
 
 
-def _text(x: float, y: float, text: str, of: str = "", anchor: str = "start") -> str:
+def lettering(x: float, y: float, text: str, of: str = "", anchor: str = "start") -> str:
+    """A <text> element of class `of`."""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{of}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
@@ -98,8 +97,8 @@ def _axes(frame: Frame, chart: LineChart) -> list[str]:
     for tick, text in y_ticks(frame.y, chart):
         y = float(frame.py(tick))
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(frame.left - 7, y + 4, text, "tick", "end"))
-    return [*parts, *token_ticks(frame), _y_label(frame, chart.y_label)]
+        parts.append(lettering(frame.left - 7, y + 4, text, "tick", "end"))
+    return [*parts, *token_ticks(frame), y_label(frame, chart.y_label)]
 
 
 def y_ticks(axis: LinearAxis, chart: Chart) -> list[tuple[float, str]]:
@@ -118,9 +117,11 @@ def without_idle_zeros(texts: Sequence[str]) -> list[str]:
     return [f"{whole}.{part[:shortest]}" if shortest and dot else whole for whole, dot, part in kept]
 
 
-def _y_label(frame: Frame, label: str) -> str:
+def y_label(frame: Frame, label: str) -> str:
+    """The name of the value axis, turned."""
     middle = (frame.top + frame.bottom) / 2
-    return f'<text class="label" text-anchor="middle" transform="translate(12 {middle:.0f}) rotate(-90)">{escape(label)}</text>'
+    turned = f'transform="translate(12 {middle:.0f}) rotate(-90)"'
+    return f'<text class="label" text-anchor="middle" {turned}>{escape(label)}</text>'
 
 
 def token_ticks(frame: Frame) -> list[str]:
@@ -130,10 +131,10 @@ def token_ticks(frame: Frame) -> list[str]:
     for tick in frame.x.ticks(8):
         x = float(frame.px(tick))
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 4:.1f}"/>')
-        parts.append(_text(x, y + 16, counted(tick) if tick else "0", "tick", "middle"))
+        parts.append(lettering(x, y + 16, counted(tick) if tick else "0", "tick", "middle"))
     scale = "log scale from the first step on" if isinstance(frame.x, LogAxis) else "linear scale"
     middle = (frame.left + frame.right) / 2
-    parts.append(_text(middle, y + 36, f"tokens trained on ({scale})", "label", "middle"))
+    parts.append(lettering(middle, y + 36, f"tokens trained on ({scale})", "label", "middle"))
     if isinstance(frame.x, LogAxis):
         gap = (float(frame.px(0.0)) + float(frame.px(frame.x.first))) / 2
         parts.append(f'<path class="break" d="M{gap - 5:.1f} {y + 5:.1f}l4 -10M{gap + 1:.1f} {y + 5:.1f}l4 -10"/>')
@@ -159,7 +160,9 @@ def _line(frame: Frame, series: Series) -> str:
         px, py = frame.px(x), frame.py(y)
         parts.append(f'<path class="line {of}" d="M{_path(px, py)}"/>')
         if series.points or len(x) == 1:
-            parts += [f'<circle class="point {of}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in zip(px, py, strict=True)]
+            parts += [
+                f'<circle class="point {of}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in zip(px, py, strict=True)
+            ]
     return "".join(parts)
 
 
@@ -167,15 +170,16 @@ def _band(frame: Frame, series: Series) -> str:
     assert series.low is not None
     assert series.high is not None
     of = f"{'area' if series.filled else 'band'} {_colour(series.colour)}"
-    return "".join(
-        f'<path class="{of}" d="M{_path(frame.px(x), frame.py(low))}L{_path(frame.px(x)[::-1], frame.py(high)[::-1])}Z"/>'
-        for x, low, high in _pieces(series, series.low, series.high)
-    )
+    parts = []
+    for x, low, high in _pieces(series, series.low, series.high):
+        px = frame.px(x)
+        parts.append(f'<path class="{of}" d="M{_path(px, frame.py(low))}L{_path(px[::-1], frame.py(high)[::-1])}Z"/>')
+    return "".join(parts)
 
 
 def _level(frame: Frame, level: Level) -> str:
-    y = float(frame.py(level.y))
-    return f'<line class="level {_colour(level.colour)}" x1="{frame.left}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    y, of = float(frame.py(level.y)), _colour(level.colour)
+    return f'<line class="level {of}" x1="{frame.left}" x2="{frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 def _note(frame: Frame, note: Note) -> str:
@@ -190,12 +194,12 @@ def _note(frame: Frame, note: Note) -> str:
         return (
             f'<path class="bracket {of}" d="M{x:.1f} {base:.1f}V{y:.1f}M{x - 4:.1f} {base:.1f}h8"/>'
             f'<circle class="ring {of}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            + _text(x + shift, ty, note.text, f"note {of}", anchor)
+            + lettering(x + shift, ty, note.text, f"note {of}", anchor)
         )
     # On the side away from the dip, ending here: before it is back, the curve is on the other side.
     ty = max(y - 10, frame.top + 9) if note.above else min(y + 18, frame.bottom - 4)
     begins_left = x - width > frame.left
-    return f'<circle class="ring open {of}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>' + _text(
+    return f'<circle class="ring open {of}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>' + lettering(
         x + 6 if begins_left else x - 6, ty, note.text, f"note {of}", "end" if begins_left else "start"
     )
 
@@ -213,7 +217,7 @@ def _end_labels(frame: Frame, chart: LineChart) -> list[str]:
     found += [(float(frame.py(level.y)), level.label, "grey") for level in chart.levels if level.label]
     places = spread([y for y, _, _ in found], 13.0, frame.top + 4, frame.bottom)
     return [
-        _text(frame.right + 7, place + 4, cut(label), f"end {of}")
+        lettering(frame.right + 7, place + 4, cut(label), f"end {of}")
         for (_, label, of), place in zip(found, places, strict=True)
     ]
 
@@ -245,63 +249,3 @@ def _told(chart: LineChart, series: Series, at: int) -> str:
     if series.low is None or series.high is None or not np.isfinite(series.low[at]):
         return value
     return f"{value} [{chart.write(float(series.low[at]))}, {chart.write(float(series.high[at]))}]"
-
-
-def cell_edges(places: Floats) -> Floats:
-    """Edges of n cells around n increasing places: half-way between neighbours, the outer cells symmetric."""
-    if len(places) == 1:
-        return np.array([places[0] - 6, places[0] + 6])
-    middles = (places[1:] + places[:-1]) / 2
-    return np.concatenate([[2 * places[0] - middles[0]], middles, [2 * places[-1] - middles[-1]]])
-
-
-def _heat_map(chart: HeatMap, *, log: bool) -> str:
-    right = WIDTH - 76.0
-    frame = Frame(token_axis([chart.x], log=log), LinearAxis(0, len(chart.rows)), right)
-    edges = np.clip(cell_edges(frame.px(chart.x)), frame.left, frame.right)
-    low, high = value_range(chart)
-    palette = DIVERGING if chart.diverging else SEQUENTIAL
-    parts = []
-    for column, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        for row, name in enumerate(chart.rows):
-            value = chart.values[column, row]
-            if not np.isfinite(value):
-                continue
-            top, bottom = float(frame.py(row + 1)), float(frame.py(row))
-            told = f"{name}, {counted(chart.x[column])} tokens: {chart.write(float(value))}"
-            parts.append(
-                f'<rect x="{start:.1f}" y="{top:.1f}" width="{end - start + 0.3:.1f}" height="{bottom - top + 0.3:.1f}" '
-                f'fill="{shade(palette, (value - low) / (high - low))}"><title>{escape(told)}</title></rect>'
-            )
-    every = max(1, -(-len(chart.rows) * 13 // int(frame.bottom - frame.top)))
-    for row in range(0, len(chart.rows), every):
-        parts.append(_text(frame.left - 7, float(frame.py(row + 0.5)) + 4, chart.rows[row], "tick", "end"))
-    parts += [*token_ticks(frame), _y_label(frame, chart.y_label), *_colour_bar(chart, frame, palette, (low, high))]
-    return _svg(chart, parts, log=log)
-
-
-def value_range(chart: HeatMap) -> tuple[float, float]:
-    """The values at the ends of the palette."""
-    known = chart.values[np.isfinite(chart.values)]
-    if not len(known):
-        return 0.0, 1.0
-    low, high = float(known.min()), float(known.max())
-    if chart.diverging:
-        high = max(abs(low), abs(high)) or 1.0
-        return -high, high
-    return (low, high) if high > low else (low, low + 1.0)
-
-
-def _colour_bar(chart: HeatMap, frame: Frame, palette: Sequence[str], ends: tuple[float, float]) -> list[str]:
-    x, steps, height = frame.right + 14, 24, (frame.bottom - frame.top) / 24
-    parts = [
-        f'<rect x="{x:.1f}" y="{frame.bottom - (n + 1) * height:.1f}" width="11" height="{height + 0.5:.1f}" '
-        f'fill="{shade(palette, (n + 0.5) / steps)}"/>'
-        for n in range(steps)
-    ]
-    axis = LinearAxis(*ends)
-    for tick in axis.ticks(5):
-        y = frame.bottom - float(axis.place(np.asarray(tick))) * (frame.bottom - frame.top)
-        parts.append(_text(x + 15, y + 4, chart.write(tick), "tick"))
-    parts.append(_text(WIDTH - 4, frame.bottom + 36, chart.value_label, "label", "end"))
-    return parts

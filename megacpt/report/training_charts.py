@@ -1,6 +1,6 @@
 """Charts of training: loss, sources, learning rate, speed; and of what became of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from megacpt.report.words import counted, percent, tokens_text, value_text
 Coloured = tuple[RunData, int]
 SHARE_BINS = 60
 SMOOTH_FROM = 80
+LAYER_LABEL = "layer (0 is the input's)"
 
 
 def training_charts(runs: Sequence[Coloured]) -> list[Chart]:
@@ -36,7 +37,14 @@ def _small(value: float) -> str:
     return "0" if value == 0 else f"{value:.2g}"
 
 
-def _of_all(title: str, unit: str, runs: Sequence[Coloured], field: str, write, tell) -> LineChart:  # type: ignore[no-untyped-def]
+def _of_all(
+    title: str,
+    unit: str,
+    runs: Sequence[Coloured],
+    field: str,
+    write: Callable[[float], str],
+    tell: Callable[[RunData, Floats], str],
+) -> LineChart:
     series, findings = [], []
     alone = len(runs) == 1
     for run, colour in runs:
@@ -112,9 +120,7 @@ def _share_by_source(run: RunData, of: str) -> LineChart:
         f"{name} {percent(whole[n])} % ({training.sources[name].epochs[-1]:.2f} epochs)" for n, name in enumerate(names)
     ]
     finding = Finding(f"Of all tokens: {', '.join(told)}.")
-    return LineChart(
-        f"Token share by source{of}", (finding,), "% of the tokens", series, percent, y_range=(0.0, 1.0)
-    )
+    return LineChart(f"Token share by source{of}", (finding,), "% of the tokens", series, percent, y_range=(0.0, 1.0))
 
 
 def first_of_each_colour(runs: Sequence[Coloured]) -> list[Coloured]:
@@ -148,7 +154,7 @@ def _update_map(updates: WeightUpdates, of: str) -> HeatMap:
             f"layer {updates.layers[least]} least ({value_text(last[least])})."
         )
     return HeatMap(
-        f"Weight update by layer{of}", (Finding(told),), "layer (0 is the input's)", "mean |w\u2212w\u2080| / |w\u2080|",
+        f"Weight update by layer{of}", (Finding(told),), LAYER_LABEL, "mean |w\u2212w\u2080| / |w\u2080|",
         updates.tokens, tuple(map(str, updates.layers)), updates.mean, value_text,
     )  # fmt: skip
 
@@ -185,6 +191,6 @@ def _probe_map(run: RunData, of: str) -> HeatMap:
     means = np.nanmean(probe.cosine, 1)
     told = f"Mean cosine {value_text(means[0])} at first, {value_text(means[-1])} at last; below zero they pull apart."
     return HeatMap(
-        f"Domain gradient against general gradient{of}", (Finding(told),), "layer (0 is the input's)", "cosine",
+        f"Domain gradient against general gradient{of}", (Finding(told),), LAYER_LABEL, "cosine",
         probe.tokens, tuple(map(str, probe.layers)), probe.cosine, value_text, diverging=True,
     )  # fmt: skip

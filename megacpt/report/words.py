@@ -57,20 +57,22 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def capital(sentence: str) -> str:
-    """With a capital first letter."""
-    return sentence[:1].upper() + sentence[1:]
-
-
 def gap_sentence(metric: Metric, *, ended: bool, subject: str | None = None) -> str:
     """What a curve did, in one sentence.
 
     Args:
         ended: whether the run is over; else "so far".
-        subject: what the sentence begins with instead of the metric's title.
+        subject: what the sentence begins with instead of the metric's title; "" where a heading says it.
     """
+    sentence = _sentence(metric, metric.heading if subject is None else subject, ended=ended)
+    if subject != "":
+        return sentence
+    bare = sentence.lstrip(": ")
+    return bare[:1].upper() + bare[1:]
+
+
+def _sentence(metric: Metric, title: str, *, ended: bool) -> str:
     numbers = metric.gap
-    title = metric.heading if subject is None else subject
     if numbers is None:
         return f"{title}: no value."
     if numbers.start is None:
@@ -103,4 +105,5 @@ def _course(numbers: Gap, *, ended: bool) -> str:
     if delta == 0:
         return f"it {now} where it began, at {value_text(numbers.final.value)}"
     way = "higher" if delta > 0 else "lower"
-    return f"it {now} {value_text(abs(delta))} {way}, {value_text(numbers.start.value)} to {value_text(numbers.final.value)}"
+    first, last = value_text(numbers.start.value), value_text(numbers.final.value)
+    return f"it {now} {value_text(abs(delta))} {way}, {first} to {last}"

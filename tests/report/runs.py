@@ -18,7 +18,9 @@ def dip(step: int, depth: float, turn: float, gain: float) -> float:
     return -depth * math.e * step / turn * math.exp(-step / turn) + gain * late
 
 
-def rows_of(steps: int = 200, *, depth: float = 0.06, seed: int = 1, missing: str | None = None) -> list[dict[str, Any]]:
+def rows_of(
+    steps: int = 200, *, depth: float = 0.06, seed: int = 1, missing: str | None = None
+) -> list[dict[str, Any]]:
     """The rows of a run of `steps` steps, one training row each."""
     noise = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
@@ -57,7 +59,10 @@ def evaluations(step: int, depth: float, noise: np.random.Generator, missing: st
     wobble = 0.0 if step == 0 else float(noise.normal(0, 0.002))
     general, medical = 0.283 + dip(step, depth, 40, 0.01) + wobble, 0.05 + dip(step, 0, 40, 0.2) + wobble
     rows: list[dict[str, Any]] = []
-    for name, accuracy, loss in (("medical", medical, 7.56 - 15 * (medical - 0.05)), ("general", general, 6.6 - 5 * general)):
+    for name, accuracy, loss in (
+        ("medical", medical, 7.56 - 15 * (medical - 0.05)),
+        ("general", general, 6.6 - 5 * general),
+    ):
         rows.append(
             {
                 "validation": name, "loss": loss, "ppl": math.exp(loss), "tokens": 16384, "accuracy": accuracy,
@@ -73,7 +78,13 @@ def evaluations(step: int, depth: float, noise: np.random.Generator, missing: st
         value = base + dip(step, depth / 2, 40, 0.02 + 0.01 * number) + wobble
         values[task] = value
         delta = value - base
-        paired = {"iteration": 0, "delta": delta, "low": delta - 0.01, "high": delta + 0.01, "significant": abs(delta) > 0.01}
+        paired = {
+            "iteration": 0,
+            "delta": delta,
+            "low": delta - 0.01,
+            "high": delta + 0.01,
+            "significant": abs(delta) > 0.01,
+        }
         rows.append(
             {
                 "task": task, "suite": "medical-table1", "metric": "acc", "value": value, "low": value - 0.02,
@@ -124,7 +135,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]], *, seed: int = 1, steps:
         f"model: {{preset: tiny, tensor_model_parallel_size: 2}}\ntrain: {{train_iters: {steps}, seed: {seed}}}\n"
     )
     (folder / "train.log").write_text(
-        f"megacpt 0.1.0 | python 3.12.1\nranks: 2\n [2026-01-01] iteration        1/ {steps:7d} | consumed samples: 16\n"
+        f"megacpt 0.1.0 | python 3.12.1\nranks: 2\n [2026-01-01] iteration        1/ {steps:7d} | consumed samples\n"
     )
     checkpoint = folder / "checkpoints" / f"iter_{steps:07d}"
     checkpoint.mkdir(parents=True)
