@@ -1,6 +1,7 @@
 """The report's charts as PNG files, drawn by matplotlib from what the page draws as SVG."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def write_pngs(folder: Path, arms: Sequence[Arm]) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--png needs matplotlib, which is not installed; install megacpt[report]") from error
+        raise UserError("--png needs matplotlib, which is not installed; install megacpt[plot]") from error
     runs = [(run, arm.colour) for arm in arms for run in arm.runs]
     pairs = [(arms[0], other) for other in arms[1:] if not all(arm.single for arm in arms)]
     charts: list[Chart] = [

@@ -90,12 +90,15 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     rows: list[Row] = []
+    reached = 0
     for number, line in enumerate(text.split(b"\n")[:-1], 1):
         if not line.strip():
             continue
         row = _parse(f"{path}: line {number}", line)
-        if rows and row.iteration < rows[-1].iteration:
-            rows = [earlier for earlier in rows if earlier.iteration < row.iteration]
+        if row.iteration < reached:
+            # A guard's verdict stays: it may be the very reason for going back.
+            rows = [earlier for earlier in rows if earlier.iteration < row.iteration or earlier.kind == "guard"]
+        reached = row.iteration
         rows.append(row)
     return [row for row in rows if row.kind]
 
