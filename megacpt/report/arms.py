@@ -69,10 +69,11 @@ def keys_of(arms: Sequence[Arm]) -> list[Key]:
 
 
 def mean_metric(metrics: Sequence[Metric]) -> Metric:
-    """The mean over runs at the iterations that all have, with the t interval of that mean.
+    """The mean over runs at the iterations that all have; one run is returned as it is.
 
-    Its `paired` says of each evaluation whether the runs' differences from their own step 0 are on one side of zero by
-    the t interval: seeds share a base, so that step 0 has no spread to compare with. One run is returned as it is.
+    Its interval is the t interval of the mean change since each run's own step 0, so that what seeds differ in before
+    training (the samples of an evaluation set) is no part of it. `paired` says whether that change excludes zero. Without
+    a common step 0 it is the t interval of the values.
     """
     if len(metrics) == 1:
         return metrics[0]
@@ -82,11 +83,14 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
     for iteration in common:
         values = [_value(curve, iteration) for curve in curves]
         tokens = float(np.mean([curve.tokens[np.searchsorted(curve.iteration, iteration)] for curve in curves]))
-        points.append(Point(iteration, tokens, *mean_interval(values)))
+        starts = [float(curve.value[0]) if common[0] == 0 else 0.0 for curve in curves]
+        change, low, high = mean_interval([value - start for value, start in zip(values, starts, strict=True)])
+        level = float(np.mean(starts))
+        assert low is not None
+        assert high is not None
+        points.append(Point(iteration, tokens, level + change, level + low, level + high))
         if iteration and common[0] == 0:
-            moved = [value - float(curve.value[0]) for value, curve in zip(values, curves, strict=True)]
-            _, low, high = mean_interval(moved)
-            paired[iteration] = low is not None and high is not None and (low > 0 or high < 0)
+            paired[iteration] = low > 0 or high < 0
     first = metrics[0]
     curve = make_curve(points, higher_is_better=first.curve.higher_is_better)
     return Metric(first.kind, first.name, first.measure, first.suite, curve, paired)

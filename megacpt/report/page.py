@@ -72,7 +72,9 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
     if not charts:
         return ["<h2>The stability gap</h2><p>No evaluation yet: set eval.sets and eval.at to see it.</p>"]
     seeds = any(not arm.single for arm in arms)
-    bands = "Bands are 95 % t intervals of the mean over seeds." if seeds else "Bands are 95 % intervals."
+    bands = (
+        "Bands are 95 % t intervals over seeds of the change since step 0." if seeds else "Bands are 95 % intervals."
+    )
     text = (
         f"Each ability from step 0 on. The dotted line is its level before training. {bands} A bracket marks a dip "
         "that is more than chance, an open ring the return to the level of step 0."
@@ -121,6 +123,8 @@ def _comparison_sections(arms: Sequence[Arm]) -> Iterable[str]:
             "<p>Differences are first minus second. Intervals are Student\u2019s t at 95 %: over pairs of equal seeds, "
             "or Welch\u2019s where seeds differ. A bootstrap of so few seeds would be too narrow.</p>"
         )
+        if not (first.ended and other.ended):
+            yield "<p>Some of these runs are not at their end: final, best and area are of what there is.</p>"
         charts = difference_charts(first, other)
         yield f'{SCALE}<div class="grid2">{"".join(map(_figure, charts))}</div>'
         yield _table(comparison_table(first, other))

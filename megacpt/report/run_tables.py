@@ -62,7 +62,9 @@ def _layout(run: RunData, layout: dict[str, object]) -> str:
         "CP": "model.context_parallel_size",
     }
     degrees = [f"{short} {config[key]}" for short, key in names.items() if config.get(key, 1) != 1]
-    ranks = [f"{layout['world_size']} ranks"] if layout.get("world_size") else []
+    ranks = (
+        [f"{layout['world_size']} rank{'s' if layout['world_size'] != 1 else ''}"] if layout.get("world_size") else []
+    )
     return ", ".join([*ranks, *degrees]) or "n/a"
 
 

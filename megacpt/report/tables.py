@@ -24,6 +24,8 @@ GAP_COLUMNS = (
     "final \u2212 step 0",
 )  # fmt: skip
 
+OF_A_DIP = ("dip depth", "dip area", "tokens to recovery")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -102,6 +104,8 @@ def comparison_table(a: Arm, b: Arm) -> Table:
         if not metrics or not b.metrics(key):
             continue
         for number in compare(a, b, key):
+            if number.what in OF_A_DIP and number.a == number.b == 0:
+                continue  # no run of either arm has a dip
             write = counted if "tokens" in number.what or "area" in number.what else value_text
             values = [
                 Cell(

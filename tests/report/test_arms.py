@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from megacpt.errors import UserError
+from megacpt.eval.seeds import mean_interval
 from megacpt.report.arms import Arm, compare, difference_curve, make_arms, mean_metric
 from megacpt.report.named import read_named, short_names
 from megacpt.report.reading import read_run
@@ -71,7 +72,11 @@ def test_the_mean_of_seeds_and_its_interval(runs: dict[str, RunData]) -> None:
     mean = mean_metric(metrics)
     values = [metric.curve.value[5] for metric in metrics]
     assert mean.curve.value[5] == pytest.approx(sum(values) / 3)
-    assert mean.curve.low[5] < min(values) < max(values) < mean.curve.high[5]
+    changes = [metric.curve.value[5] - metric.curve.value[0] for metric in metrics]
+    _, low, _ = mean_interval(changes)
+    assert low is not None
+    assert mean.curve.low[5] - mean.curve.value[0] == pytest.approx(low)
+    assert mean.curve.low[0] == mean.curve.value[0] == mean.curve.high[0]
     assert mean.paired.keys() == set(mean.curve.iteration.tolist()) - {0}
     assert mean.gap is not None
     assert mean.gap.basis == "paired"

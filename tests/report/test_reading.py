@@ -113,7 +113,7 @@ def test_unknown_rows_nulls_and_nan(tmp_path: Path) -> None:
         (validation(0, 5.0) + "[1]\n", "line 2 is no JSON object"),
         ("\xff\n", "line 1 is damaged"),
         (validation(0, "high"), "line 1: `loss` of a validation row is 'high'"),
-        ('{"validation": "a", "iteration": 0}\n' + validation(0, 1), "`consumed_tokens` of a validation row is missing"),
+        ('{"validation": "a", "iteration": 0}\n' + validation(0, 1), "`consumed_tokens` of a validation row is m"),
         ('{"validation": "a"}\n' * 2, "line 1: `iteration` of a validation row is missing"),
         ('{"iteration": 1, "consumed_tokens": 1, "lm_loss": 2, "tokens_by_source": 7}\n', "`tokens_by_source` of a tr"),
     ],
