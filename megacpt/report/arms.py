@@ -72,8 +72,8 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
     """The mean over runs at the iterations that all have; one run is returned as it is.
 
     Its interval is the t interval of the mean change since each run's own step 0, so that what seeds differ in before
-    training (the samples of an evaluation set) is no part of it. `paired` says whether that change excludes zero. Without
-    a common step 0 it is the t interval of the values.
+    training (the samples of an evaluation set) is no part of it. `paired` says whether it excludes no change. Without a
+    common step 0 it is the t interval of the values.
     """
     if len(metrics) == 1:
         return metrics[0]

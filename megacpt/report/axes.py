@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megacpt.eval.stability import Floats
 
@@ -107,12 +108,19 @@ def spread(places: Sequence[float], apart: float, low: float, high: float) -> li
     return result
 
 
+def picked(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the numbers 0..count-1, dense at the start (for a log axis) and even to the end; 0 is one."""
+    if count <= most:
+        return np.arange(count)
+    edges = np.concatenate([np.geomspace(1, count, most // 2), np.linspace(0, count, most // 2)])
+    return np.unique(edges.astype(np.int64))[:-1]
+
+
 def thinned(x: Floats, y: Floats, most: int = 500) -> tuple[Floats, Floats]:
     """A long line as means of bins, fine at the start (for a log axis) and even to the end; short ones as they are."""
     if len(x) <= most:
         return x, y
-    edges = np.concatenate([np.geomspace(1, len(x), most // 2), np.linspace(0, len(x), most // 2)])
-    starts = np.unique(edges.astype(np.int64))[:-1]
+    starts = picked(len(x), most)
     known = np.isfinite(y)
     count = np.add.reduceat(known.astype(np.float64), starts)
     total = np.add.reduceat(np.where(known, y, 0.0), starts)

@@ -7,6 +7,8 @@ from megacpt.eval.stability import Floats
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b08600", "#56b4e9", "#7a5195", "#4d4d4d")
 """Okabe and Ito's colours, apart for colour-blind readers; its yellow darkened, then two more."""
+POINTS_MOST = 80
+"""Evaluations of a curve that are marked each; of more, marks would be all that is seen."""
 GREY = -1
 """The colour number of what belongs to no run."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from megacpt.eval.stability import Gap, Mark, make_curve
 from megacpt.report.arms import Arm, Key, difference_curve, keys_of, mean_metric
-from megacpt.report.chart import Finding, Level, LineChart, Note, Series
+from megacpt.report.chart import POINTS_MOST, Finding, Level, LineChart, Note, Series
 from megacpt.report.run import Metric
 from megacpt.report.words import gap_sentence, signed, tokens_text, value_text
 
@@ -54,7 +54,9 @@ def _series(arm: Arm, metrics: Sequence[Metric], mean: Metric, *, label: str, ba
     curve = mean.curve
     low, high = (curve.low, curve.high) if band and np.isfinite(curve.low).any() else (None, None)
     dashed = arm.colour >= 4
-    found = [Series(curve.tokens, curve.value, arm.colour, label, low, high, points=True, dashed=dashed)]
+    found = [
+        Series(curve.tokens, curve.value, arm.colour, label, low, high, points=len(curve) <= POINTS_MOST, dashed=dashed)
+    ]
     if len(metrics) > 1:
         found += [Series(m.curve.tokens, m.curve.value, arm.colour, "", faint=True) for m in metrics]
     return found
@@ -106,7 +108,7 @@ def difference_charts(a: Arm, b: Arm) -> list[LineChart]:
                 title=f"{metrics[0].heading}: {a.name} minus {b.name}",
                 findings=(Finding(" ".join(told), a.colour),),
                 y_label=f"difference ({metrics[0].unit.partition(' (')[0]})",
-                series=(Series(curve.tokens, curve.value, a.colour, "", low, high, points=True),),
+                series=(Series(curve.tokens, curve.value, a.colour, "", low, high, points=len(curve) <= POINTS_MOST),),
                 write=lambda value: signed(value) if value else "0",
                 levels=(Level(0.0, "equal"),),
             )

@@ -72,9 +72,7 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
     if not charts:
         return ["<h2>The stability gap</h2><p>No evaluation yet: set eval.sets and eval.at to see it.</p>"]
     seeds = any(not arm.single for arm in arms)
-    bands = (
-        "Bands are 95 % t intervals over seeds of the change since step 0." if seeds else "Bands are 95 % intervals."
-    )
+    bands = f"Bands are 95 % {'t intervals over seeds of the change since step 0' if seeds else 'intervals'}."
     text = (
         f"Each ability from step 0 on. The dotted line is its level before training. {bands} A bracket marks a dip "
         "that is more than chance, an open ring the return to the level of step 0."

@@ -62,9 +62,8 @@ def _layout(run: RunData, layout: dict[str, object]) -> str:
         "CP": "model.context_parallel_size",
     }
     degrees = [f"{short} {config[key]}" for short, key in names.items() if config.get(key, 1) != 1]
-    ranks = (
-        [f"{layout['world_size']} rank{'s' if layout['world_size'] != 1 else ''}"] if layout.get("world_size") else []
-    )
+    size = layout.get("world_size")
+    ranks = [] if size is None else ["1 rank" if size == 1 else f"{size} ranks"]
     return ", ".join([*ranks, *degrees]) or "n/a"
 
 

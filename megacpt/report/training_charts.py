@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megacpt.eval.stability import Floats
-from megacpt.report.axes import smoothed, thinned
-from megacpt.report.chart import Chart, Finding, HeatMap, Level, LineChart, Series
+from megacpt.report.axes import picked, smoothed, thinned
+from megacpt.report.chart import POINTS_MOST, Chart, Finding, HeatMap, Level, LineChart, Series
 from megacpt.report.run import RunData, WeightUpdates
 from megacpt.report.words import counted, percent, tokens_text, value_text
 
 Coloured = tuple[RunData, int]
 SHARE_BINS = 60
 SMOOTH_FROM = 80
+COLUMNS_MOST = 120
+"""Of a heat map: more would be narrower than can be seen."""
 LAYER_LABEL = "layer (0 is the input's)"
 
 
@@ -153,9 +155,10 @@ def _update_map(updates: WeightUpdates, of: str) -> HeatMap:
             f"At the end layer {updates.layers[most]} had moved most ({value_text(last[most])} of its weights' size), "
             f"layer {updates.layers[least]} least ({value_text(last[least])})."
         )
+    at = picked(len(updates.tokens), COLUMNS_MOST)
     return HeatMap(
         f"Weight update by layer{of}", (Finding(told),), LAYER_LABEL, "mean |w\u2212w\u2080| / |w\u2080|",
-        updates.tokens, tuple(map(str, updates.layers)), updates.mean, value_text,
+        updates.tokens[at], tuple(map(str, updates.layers)), updates.mean[at], value_text,
     )  # fmt: skip
 
 
@@ -163,9 +166,26 @@ def _ratio(updated: Sequence[tuple[RunData, int, WeightUpdates]], *, alone: bool
     series, findings = [], []
     for run, colour, updates in updated:
         name = "" if alone else run.name
-        series.append(Series(updates.tokens, updates.ratio_mean, colour, name or "mean ratio", points=True))
+        series.append(
+            Series(
+                updates.tokens,
+                updates.ratio_mean,
+                colour,
+                name or "mean ratio",
+                points=len(updates.tokens) <= POINTS_MOST,
+            )
+        )
         if alone:
-            series.append(Series(updates.tokens, updates.ratio_norm, 1, "norm ratio", points=True, dashed=True))
+            series.append(
+                Series(
+                    updates.tokens,
+                    updates.ratio_norm,
+                    1,
+                    "norm ratio",
+                    points=len(updates.tokens) <= POINTS_MOST,
+                    dashed=True,
+                )
+            )
         findings.append(Finding(_ratio_told(updates), colour, name))
     compared = updated[0][2].compared
     title = f"Bottom {compared} layers' update over the top {compared}'s"
@@ -190,7 +210,8 @@ def _probe_map(run: RunData, of: str) -> HeatMap:
     assert probe is not None
     means = np.nanmean(probe.cosine, 1)
     told = f"Mean cosine {value_text(means[0])} at first, {value_text(means[-1])} at last; below zero they pull apart."
+    at = picked(len(probe.tokens), COLUMNS_MOST)
     return HeatMap(
         f"Domain gradient against general gradient{of}", (Finding(told),), LAYER_LABEL, "cosine",
-        probe.tokens, tuple(map(str, probe.layers)), probe.cosine, value_text, diverging=True,
+        probe.tokens[at], tuple(map(str, probe.layers)), probe.cosine[at], value_text, diverging=True,
     )  # fmt: skip
