@@ -152,7 +152,7 @@ def _update_map(updates: WeightUpdates, of: str) -> HeatMap:
     if np.isfinite(last).any():
         most, least = int(np.nanargmax(last)), int(np.nanargmin(last))
         told = (
-            f"At the end layer {updates.layers[most]} had moved most ({value_text(last[most])} of its weights' size), "
+            f"At the end layer {updates.layers[most]} had moved most ({value_text(last[most])}), "
             f"layer {updates.layers[least]} least ({value_text(last[least])})."
         )
     at = picked(len(updates.tokens), COLUMNS_MOST)
