@@ -1,8 +1,12 @@
 """Checks across fields of the configuration: what no single key can know."""
 
+import re
+
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config, Model
 from megacpt.errors import UserError
+
+VALIDATION_METRICS = ("loss", "ppl", "accuracy", "bits_per_byte")
 
 
 def check_config(config: Config, architecture: Architecture) -> None:
@@ -48,6 +52,35 @@ def check_config(config: Config, architecture: Architecture) -> None:
         raise UserError("optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce; set both or neither")
     if config.init.checkpoint is not None and config.init.hf is not None:
         raise UserError("init.checkpoint and init.hf are both set; keep one of them")
+    _check_guard(config)
+
+
+def _check_guard(config: Config) -> None:
+    guard, best = config.guard, config.save.best
+    if guard is not None:
+        _check_metric("guard.metric", guard.metric, config)
+        if 0 not in config.eval.at:
+            raise UserError("guard compares with the evaluation at step 0; put 0 into eval.at")
+        if guard.action == "rollback" and best is None:
+            raise UserError("guard.action rollback goes back to the best checkpoint; say which is best in save.best")
+    if best is not None and not best.weights:
+        raise UserError("save.best.weights is empty; name at least one metric, such as validation/NAME/loss: -1")
+    for name in best.weights if best is not None else ():
+        _check_metric("save.best.weights", name, config)
+
+
+def _check_metric(key: str, name: str, config: Config) -> None:
+    if re.fullmatch(r"(task|suite)/[^/]+/[^/]+", name):
+        return
+    kind, _, rest = name.partition("/")
+    eval_set, _, metric = rest.rpartition("/")
+    if kind != "validation" or metric not in VALIDATION_METRICS:
+        raise UserError(
+            f"{key}: '{name}' is no metric; write validation/SET/({'|'.join(VALIDATION_METRICS)}), task/NAME/METRIC or "
+            "suite/NAME/mean"
+        )
+    if eval_set not in config.eval.sets:
+        raise UserError(f"{key}: '{name}' names a set that eval.sets does not have; add it or correct the name")
 
 
 def check_layout(model: Model, architecture: Architecture) -> None:

@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
 
+MAY_BE_NULL = ("tokenizer", "guard")
+"""Sections that a run may do without; of the others null means the defaults."""
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a repeated key, and reads 3e-5 as a number, as YAML 1.2 does, and 5e9 as a whole one."""
@@ -117,7 +120,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration is a mapping of sections such as model, data, train")
-    tree = {key: {} if value is None and key != "tokenizer" else value for key, value in tree.items()}
+    tree = {key: {} if value is None and key not in MAY_BE_NULL else value for key, value in tree.items()}
     for assignment in overrides:
         _override(tree, assignment)
     return config_from(tree, str(path))

@@ -124,7 +124,7 @@ class Source(Section):
 
 
 class Mixture(Section):
-    """Shares by name, and passes of the mixture; see megacpt/data/recipe.py."""
+    """Shares by name, and passes of the mixture; see megacpt/data/mixture/recipe.py."""
 
     preset: Literal["llama1", "redpajama", "slimpajama", "olmo2"] | None = Field(
         None, description="rates of a published pre-training mixture, by its sources' names"
@@ -230,6 +230,43 @@ class Eval(Section):
     iters: PositiveInt | None = Field(None, description="global batches per set; null: the whole set")
 
 
+class WeightUpdate(Section):
+    """How far weights have moved from those of iteration 0; measured nowhere unless `at` or `every` is set."""
+
+    at: list[PositiveInt] = Field([], description="steps after which to measure")
+    every: PositiveInt | None = Field(None, description="and every so many steps, and at the end")
+    layers: PositiveInt = Field(5, description="layers in each of top and bottom; at most half of the model's")
+
+
+class GradientProbe(Section):
+    """Gradients of a step's domain samples and of its other samples; off unless `at` or `every` is set."""
+
+    at: list[PositiveInt] = Field([], description="steps whose batch is probed before it is trained on")
+    every: PositiveInt | None = Field(None, description="and every so many steps; a probe costs about two steps")
+    domain: list[str] = Field([], description="sources of the domain; []: data.mixture.with; the rest is general")
+
+
+class Diagnostics(Section):
+    """What is measured beside loss."""
+
+    weight_update: WeightUpdate = WeightUpdate()
+    gradient_probe: GradientProbe = GradientProbe()
+
+
+class Guard(Section):
+    """Against forgetting: each evaluation is compared with that of step 0."""
+
+    metric: str = Field(
+        description="validation/SET/loss, ppl, accuracy or bits_per_byte; task/NAME/METRIC; suite/NAME/mean"
+    )
+    max_drop: NonNegativeFloat = Field(
+        description="how much worse than at step 0, in the metric's unit: lower accuracy, higher loss"
+    )
+    action: Literal["warn", "stop", "rollback"] = Field(
+        "warn", description="a row and a line; also save and end; or end with the tracker on save.best's checkpoint"
+    )
+
+
 class Init(Section):
     """Weights to start from, at iteration 0 with a fresh optimizer."""
 
@@ -238,12 +275,19 @@ class Init(Section):
     gate: bool = Field(True, description="with hf: compare logits with transformers before the first step")
 
 
+class Best(Section):
+    """Which checkpoint is the best: the one whose evaluation has the largest weighted sum of metrics."""
+
+    weights: dict[str, float] = Field(description="by metric as in guard.metric; negative where lower is better")
+
+
 class Save(Section):
     """Where a run lives and how often it is saved."""
 
     dir: str = Field(description="run folder: config.yaml, metrics.jsonl, checkpoints/, tensorboard/")
     interval: PositiveInt | None = Field(None, description="steps between checkpoints; the last step is always saved")
     keep_last: PositiveInt | None = Field(None, description="checkpoints kept; null: all")
+    best: Best | None = Field(None, description="save each new best evaluation, and keep the best beside keep_last")
     hf_every: PositiveInt | None = Field(
         None,
         description="steps between exports to DIR/hf/iter_* (Hugging Face folders); and at the end",
@@ -275,6 +319,8 @@ class Config(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     eval: Eval = Eval()
+    diagnostics: Diagnostics = Diagnostics()
+    guard: Guard | None = None
     init: Init = Init()
     save: Save
     logging: Logging = Logging()

@@ -1,38 +1,148 @@
-"""Loss on a held-out set, over all ranks of any layout."""
+"""Loss and next-token accuracy on a held-out set, over all ranks of any layout."""
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import EvalSet
-from megacpt.model.forward import run_batches, stage_reads_batches
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import EvalSet
+from megacpt.data.tokens.manifest import read_manifest
+from megacpt.errors import UserError
+from megacpt.model.forward import Batch, stage_reads_batches
+from megacpt.model.score import gather_samples, score_micro_batches
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+class EvaluationFailed(Exception):
+    """A set could not be evaluated; raised on every rank, with the first failing rank's sentence."""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """95 % intervals (low, high) of loss and accuracy; None for a set of one sample."""
+
+    loss: tuple[float, float] | None
+    accuracy: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss per target token (nats) and the number of target tokens behind it."""
+    """A set's sums, sample by sample, the same on every rank and in every layout (within rounding of the forward pass).
 
-    loss: float
-    tokens: int
+    Attributes:
+        samples: float64 [n, 3]: summed loss in nats, targets that were the likeliest token, targets.
+    """
+
+    samples: np.ndarray
+
+    @cached_property
+    def _totals(self) -> list[float]:
+        # Rounded once: how samples were dealt to ranks leaves no trace.
+        return [math.fsum(column) for column in self.samples.T]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per target token in nats."""
+        return self._totals[0] / self._totals[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of target tokens that were the model's likeliest."""
+        return self._totals[1] / self._totals[2]
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens."""
+        return int(self._totals[2])
+
+    def intervals(self) -> Intervals:
+        """Percentile bootstrap over samples (Efron and Tibshirani 1993, chapter 13), with the same draws every time."""
+        count = len(self.samples)
+        if count < 2:
+            return Intervals(None, None)
+        rng = np.random.default_rng(0)
+        sums = np.array([self.samples[rng.integers(count, size=count)].sum(0) for _ in range(RESAMPLES)])
+        means = sums[:, :2] / sums[:, 2:]
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        return Intervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
 
 
-@torch.no_grad()
+def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:
+    """Loss in bits per byte of text, at the whole set's bytes per token; None where its manifest does not count bytes.
+
+    Args:
+        loss: nats per token.
+    """
+    dataset, manifest = eval_set.stream.dataset, None
+    with suppress(UserError):
+        manifest = read_manifest(dataset.prefix)
+    text_bytes = getattr(manifest, "text_bytes", None)
+    return loss / math.log(2) * dataset.tokens / text_bytes if text_bytes else None
+
+
 def evaluate(
     chunks: Sequence[torch.nn.Module], eval_set: EvalSet, layout: BatchLayout, seq_length: int, *, documents: bool
 ) -> Validation:
-    """Forward the whole set; what is missing to the last global batch is padding that counts nothing."""
+    """Forward the whole set; what is missing to the last global batch is padding that counts nothing.
+
+    Ranks agree before each batch whether all could read it and had got through the one before. What they cannot
+    survive is an error inside a forward pass on some ranks of a tensor or pipeline group: the others wait in it.
+
+    Raises:
+        EvaluationFailed: on every rank.
+    """
     for chunk in chunks:
         chunk.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    try:
+        return Validation(_score(chunks, eval_set, layout, seq_length, documents)[: len(eval_set)].numpy())
+    finally:
+        for chunk in chunks:
+            chunk.train()
+
+
+@torch.no_grad()
+def _score(
+    chunks: Sequence[torch.nn.Module], eval_set: EvalSet, layout: BatchLayout, seq_length: int, documents: bool
+) -> torch.Tensor:
     reads = stage_reads_batches(documents)
-    for start in range(0, len(eval_set), layout.global_batch_size):
-        span = range(start, start + layout.global_batch_size)
-        batches = (
-            list(micro_batches(eval_set, layout, span, documents=documents)) if reads else [{}] * layout.micro_batches
-        )
-        totals += run_batches(chunks, batches, 1, (layout.micro_batch_size, seq_length), train=False)[:, 0].cpu()
-    for chunk in chunks:
-        chunk.train()
-    return Validation(float(totals[0] / totals[1]), int(totals[1]))
+    shape = (layout.micro_batch_size, seq_length)
+    failure: Exception | None = None
+    parts: list[torch.Tensor | None] = []
+    starts = range(0, len(eval_set), layout.global_batch_size)
+    for start in starts:
+        batches: list[Batch] = [{}] * layout.micro_batches
+        try:
+            if reads and failure is None:
+                span = range(start, start + layout.global_batch_size)
+                batches = list(micro_batches(eval_set, layout, span, documents=documents))
+        except Exception as error:
+            failure = error
+        _fail_together(failure)
+        try:
+            parts.append(score_micro_batches(chunks, batches, shape))
+        except Exception as error:
+            failure = error
+    _fail_together(failure)
+    scored = [part for part in parts if part is not None]
+    local = torch.cat(scored) if scored else None
+    return gather_samples(local, len(starts) * layout.micro_batches, layout.micro_batch_size)
+
+
+def _fail_together(failure: Exception | None) -> None:
+    """Raise on every rank if any rank has failed."""
+    failed = torch.tensor([float(failure is not None)], device=torch.cuda.current_device())
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if not failed.item():
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    own = None if failure is None else str(failure) or type(failure).__name__
+    dist.all_gather_object(messages, own)
+    raise EvaluationFailed(next(message for message in messages if message is not None)) from failure

@@ -46,18 +46,43 @@ def forward_step(
 ) -> tuple[Any, Callable[..., Any]]:
     """Run one micro-batch through this stage; returns its output and the function that turns it into the loss."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
+    losses = model(*model_inputs(batch), labels=batch.get("labels"))
+    return losses, partial(_loss, batch, sources)
+
+
+def model_inputs(batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Tokens [b, s], position ids [b, s] and attention mask of a micro-batch; None what this stage does not need."""
     documents = batch.get("document_ids")
     tokens = batch.get("tokens")
     positions = batch.get("position_ids")
     if positions is None and tokens is not None:
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    losses = model(
-        tokens,
-        positions,
-        None if documents is None else document_mask(documents),
-        labels=batch.get("labels"),
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return tokens, positions, None if documents is None else document_mask(documents)
+
+
+def run_schedule(
+    step: Callable[..., Any],
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Batch],
+    sample_shape: tuple[int, int],
+    **options: bool,
+) -> list[Any]:
+    """megatron-core's pipeline schedule over this rank's micro-batches; what `step`'s second function gave for each.
+
+    Args:
+        batches: this rank's micro-batches; empty dicts on a stage that needs none.
+        sample_shape: (micro-batch size, seq_length), which pipeline stages agree on.
+        options: further arguments of the schedule.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        micro_batch_size=sample_shape[0],
+        seq_length=sample_shape[1],
+        **options,
     )
-    return losses, partial(_loss, batch, sources)
 
 
 def run_batches(
@@ -78,15 +103,8 @@ def run_batches(
         float64 [2, sources] on every rank: summed loss, unmasked tokens.
     """
     device = next(chunks[0].parameters()).device
-    results = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, sources, device),
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        micro_batch_size=sample_shape[0],
-        seq_length=sample_shape[1],
-        forward_only=not train,
-    )
+    step = partial(forward_step, sources, device)
+    results = run_schedule(step, chunks, batches, sample_shape, forward_only=not train)
     sums = torch.zeros(2, sources, dtype=torch.float64, device=device)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         for micro_batch in results:

@@ -74,7 +74,7 @@ def run(parsed: argparse.Namespace) -> None:
         announce(job)
     train(job)
     if job.log is not None:
-        job.log.summary()
+        job.log.summary(None if job.ended is None else str(job.ended))
         job.log.close()
     teardown()
 

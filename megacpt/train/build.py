@@ -6,19 +6,20 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import load_all, remove_partial
+from megacpt.train.guard import Watch
 from megacpt.train.job import Job
 from megacpt.train.metrics import MetricsLog
 from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
-from megacpt.train.start import initial_weights
+from megacpt.train.start import base_weights, initial_weights
 
 
 def build_job(plan: Plan, rank: Rank) -> Job:
@@ -33,6 +34,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
     verdict = initial_weights(plan, chunks) if plan.resume is None else None
+    base = base_weights(plan, chunks) if plan.measures_weights and plan.ended is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
     optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
@@ -47,6 +49,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     log = _open_log(plan) if rank.is_first else None
     if log is not None and verdict is not None:
         log.say(verdict)
+    watch = Watch(config.guard, config.save.best, log.evaluations) if log is not None else None
+    if watch is not None:
+        watch.look_back(folder / "checkpoints")
     return Job(
         plan=plan,
         rank=rank,
@@ -58,6 +63,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         log=log,
         lock=held,
         progress=progress_at_start(plan),
+        watch=watch,
+        ended=plan.ended,
+        base=base,
     )
 
 
@@ -81,7 +89,8 @@ def _open_log(plan: Plan) -> MetricsLog:
             plan.origin.write(plan.base_folder, plan.architecture)
         return MetricsLog(
             folder,
-            plan.first_iteration,
+            # What came after the checkpoint to which the guard went back is the evidence, and stays.
+            plan.first_iteration if plan.ended is None else plan.ended.iteration,
             plan.last_iteration,
             tensorboard=config.logging.tensorboard,
             wandb_project=config.logging.wandb_project,

@@ -34,6 +34,7 @@ FAILURES = (Exception, CheckpointException)
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 """How megatron-core's names of a GPTModel's weights begin."""
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST_TRACKER = "best_checkpointed_iteration.txt"
 STATE = "megacpt.json"
 BASE = "hf"
 """The folder inside a checkpoint for the small files of the Hugging Face model that it began from."""
@@ -56,7 +57,7 @@ class TrainState:
         interval: sums since the last log line: {"sums": [[loss by source], [tokens by source]], "steps": n}.
         mixture: the mixture's fingerprint; its start and offsets say where it began.
         samples_by_source, tokens_by_source: samples and target tokens seen, by name.
-        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.Start`).
+        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.mixture.Start`).
         identity: what a resumed run must share: architecture, vocabulary, tokenizer, precision, frozen layers.
         layout: ranks and threads; another layout resumes, within rounding.
     """
@@ -86,6 +87,14 @@ class Beside:
     config_text: str
     common: dict[str, Any]
     base: Path | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay: the newest `last` (None: all), and that of iteration `best`, which has a tracker too."""
+
+    last: int | None
+    best: int | None = None
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -169,9 +178,9 @@ def save_checkpoint(
     chunks: Sequence[LanguageModel],
     optimizer: MegatronOptimizer,
     beside: Beside,
-    keep_last: int | None,
+    kept: Kept,
 ) -> Path:
-    """Write one checkpoint from all ranks, point the tracker to it, and drop the oldest beyond `keep_last`.
+    """Write one checkpoint from all ranks, point the trackers, and drop what is not to be kept.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the previous checkpoint stays valid.
@@ -190,10 +199,22 @@ def save_checkpoint(
 
     final = _publish(iteration_folder(root, state.iteration), str(state.iteration), sharded, files)
     if dist.get_rank() == 0:
-        for old in _surplus(final, keep_last):
+        with disk_errors(root / BEST_TRACKER):
+            if kept.best is None:
+                (root / BEST_TRACKER).unlink(missing_ok=True)
+            else:
+                write_text(root / BEST_TRACKER, f"{kept.best}\n")
+        for old in _surplus(final, kept):
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
+
+
+def point_to(root: Path, iteration: int) -> None:
+    """Make the run go on from its checkpoint of `iteration`, whatever newer ones there are; on every rank."""
+    if dist.get_rank() == 0:
+        write_text(root / TRACKER, f"{iteration}\n")
+    dist.barrier()
 
 
 def save_weights(root: Path, chunks: Sequence[LanguageModel], write_base: Callable[[Path], None]) -> Path:
@@ -259,9 +280,11 @@ def _write(sharded: dict[str, Any], folder: Path) -> None:
         raise
 
 
-def _surplus(newest: Path, keep_last: int | None) -> list[Path]:
+def _surplus(newest: Path, kept: Kept) -> list[Path]:
     # Checkpoints beyond `newest` are there when a user went back to an older one: they are not this run's to count.
-    return sorted(old for old in newest.parent.glob("iter_*") if old <= newest)[:-keep_last] if keep_last else []
+    oldest_first = sorted(old for old in newest.parent.glob("iter_*") if old <= newest)
+    best = iteration_folder(newest.parent, kept.best) if kept.best is not None else None
+    return [old for old in oldest_first[: -kept.last] if old != best] if kept.last else []
 
 
 def load_weights(folder: Path, chunks: Sequence[LanguageModel]) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
-from megacpt.data.ledger import table
-from megacpt.data.table import aligned
+from megacpt.data.mixture.ledger import table
+from megacpt.data.mixture.table import aligned
 from megacpt.train.activations import stage_activations
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
 from megacpt.train.plan import Plan, fingerprint
@@ -264,6 +264,8 @@ def _start(plan: Plan) -> list[str]:
     if plan.resume is None:
         weights = plan.config.init.checkpoint or plan.config.init.hf
         return _line("start", f"at iteration 0, from {'the weights of ' + weights if weights else 'fresh weights'}")
+    if plan.ended is not None:
+        return _line("start", f"nothing to do: {plan.ended}")
     if plan.first_iteration >= plan.last_iteration:
         return _line("start", f"nothing to do: {plan.resume.folder} is the end of this plan")
     left = plan.last_iteration - plan.first_iteration

@@ -8,30 +8,42 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout
+from megacpt.data.samples.batches import BatchLayout
 from megacpt.errors import UserError
-from megacpt.eval.validation import evaluate
+from megacpt.eval.validation import EvaluationFailed, evaluate
 from megacpt.model.forward import Batch, run_batches
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.unfinished import Report
 from megacpt.runtime.environment import versions
 from megacpt.runtime.setup import Rank
-from megacpt.train.checkpoint import Beside, TrainState, save_checkpoint
+from megacpt.train.checkpoint import Beside, Kept, TrainState, iteration_folder, point_to, save_checkpoint
 from megacpt.train.exchange import HFOutput, export_checkpoint
+from megacpt.train.gradient_probe import Probe
+from megacpt.train.guard import Ended, Verdict, Watch, record_end
 from megacpt.train.interchange import megatron_state
-from megacpt.train.metrics import MetricsLog, mfu, perplexity
+from megacpt.train.metrics import MetricsLog, error_row, mfu, validation_row
 from megacpt.train.optimizer import set_learning_rate
 from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress
+from megacpt.train.rows import Row
+from megacpt.train.shares import gather_parameters
+from megacpt.train.weight_update import BaseWeights, weight_update
 
 
 @dataclass
 class Job:
-    """A run in this process."""
+    """A run in this process.
+
+    Attributes:
+        watch: what evaluations decide, on the first rank.
+        ended: how the guard ended the run, now or earlier.
+        base: the weights of iteration 0, where the distance from them is measured.
+    """
 
     plan: Plan
     rank: Rank
@@ -43,6 +55,9 @@ class Job:
     log: MetricsLog | None
     lock: IO[str] | None
     progress: Progress
+    watch: Watch | None = None
+    ended: Ended | None = None
+    base: BaseWeights | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -122,28 +137,84 @@ class Job:
             "mfu": mfu(tflops, device),
         }
 
-    def evaluate(self) -> None:
-        """Validate on every named set and log the rows; the time it takes is not the training steps'."""
+    def probe(self, batches: list[Batch]) -> None:
+        """Compare the gradients of the coming step's domain and other samples, where that is due."""
+        iteration = self.progress.iteration + 1
+        if not self.plan.probes_gradients_of(iteration):
+            return
         began = time.perf_counter()
-        documents = self.plan.config.data.reset_attention_mask
-        for name, eval_set in self.plan.eval_sets.items():
-            result = evaluate(
-                self.wrapped, eval_set, self.batch_layout, self.plan.config.data.seq_length, documents=documents
-            )
-            if self.log is not None:
-                consumed = self.progress.iteration * self.plan.mixture.global_batch_size
-                self.log.validation(
-                    {
-                        "iteration": self.progress.iteration,
-                        "consumed_samples": consumed,
-                        "consumed_tokens": self.progress.consumed_tokens,
-                        "validation": name,
-                        "loss": result.loss,
-                        "ppl": perplexity(result.loss),
-                        "tokens": result.tokens,
-                    }
-                )
+        domain = frozenset(self.sources.index(name) for name in self.plan.domain)
+        shape = (self.batch_layout.micro_batch_size, self.plan.config.data.seq_length)
+        probe = Probe(self.chunks, self.wrapped, self.optimizer, len(self.sources), domain, shape)
+        found = probe.measure(batches)
+        seconds = time.perf_counter() - began
+        if isinstance(found, str):
+            self._say(f" no gradient probe of iteration {iteration}: {found}")
+        else:
+            # Numbered like the step to come, so that a run that resumes in between has it once.
+            self._report(found | {"iteration": iteration, "seconds": seconds})
         self.progress.interval_began += time.perf_counter() - began
+
+    def measure(self) -> None:
+        """Measure how far weights have moved, where that is due; its time is not the training steps'."""
+        if self.base is None or not self.plan.measures_weights_after(self.progress.iteration):
+            return
+        began = time.perf_counter()
+        gather_parameters(self.wrapped)
+        row = weight_update(self.base, self.plan.config.diagnostics.weight_update.layers)
+        seconds = time.perf_counter() - began
+        self._report(row | {"seconds": seconds})
+        self.progress.interval_began += time.perf_counter() - began
+
+    def evaluate(self) -> Verdict:
+        """Validate on every named set, log the rows, and judge them; its time is not the training steps'."""
+        began = time.perf_counter()
+        config = self.plan.config
+        for name, eval_set in self.plan.eval_sets.items():
+            try:
+                result = evaluate(
+                    self.wrapped,
+                    eval_set,
+                    self.batch_layout,
+                    config.data.seq_length,
+                    documents=config.data.reset_attention_mask,
+                )
+            except EvaluationFailed as error:
+                self._report(error_row(name, str(error)))
+                continue
+            if self.log is None:
+                continue
+            row = validation_row(name, eval_set, result)
+            if "validation" in row:
+                self.log.validation(self._here() | row)
+            else:
+                self._report(row)
+        verdict = self._judge()
+        self.progress.interval_began += time.perf_counter() - began
+        return verdict
+
+    def _judge(self) -> Verdict:
+        if self.plan.config.guard is None and self.plan.config.save.best is None:
+            return Verdict()
+        box = [self.watch.judge(self.progress.iteration) if self.watch is not None else None]
+        dist.broadcast_object_list(box, src=0)
+        (verdict,) = box
+        assert verdict is not None
+        if verdict.drop is not None:
+            self._report(verdict.drop.row())
+        return verdict
+
+    def _here(self) -> Row:
+        """The fields that every row begins with."""
+        return {
+            "iteration": self.progress.iteration,
+            "consumed_samples": self.progress.iteration * self.plan.mixture.global_batch_size,
+            "consumed_tokens": self.progress.consumed_tokens,
+        }
+
+    def _report(self, row: Row) -> None:
+        if self.log is not None:
+            self.log.diagnostic(self._here() | row)
 
     def save(self) -> None:
         """Write a checkpoint of now."""
@@ -154,13 +225,30 @@ class Job:
             megatron_state(self.plan, self.progress.iteration),
             self.plan.base_folder,
         )
-        keep_last = self.plan.config.save.keep_last
-        folder = save_checkpoint(root, self._state(), self.chunks, self.optimizer, beside, keep_last)
+        best = self.watch.best if self.watch is not None else None
+        kept = Kept(self.plan.config.save.keep_last, best and best.iteration)
+        folder = save_checkpoint(root, self._state(), self.chunks, self.optimizer, beside, kept)
         if self.plan.exports_after(self.progress.iteration):
             self._export(folder)
         seconds = time.perf_counter() - began
         self.progress.interval_began += seconds
         self._say(f" saved {folder} in {seconds:.1f} s")
+
+    def end(self, verdict: Verdict) -> None:
+        """End the run as the guard says, on a new checkpoint or on the best there is."""
+        assert verdict.drop is not None
+        assert verdict.ends_on is not None
+        folder, iteration = Path(self.plan.config.save.dir), self.progress.iteration
+        self.ended = Ended(iteration, verdict.ends_on, verdict.drop)
+        # First: a run killed before it has the checkpoint goes on from another, to which the record does not apply.
+        if self.log is not None:
+            record_end(folder, self.ended)
+        if verdict.ends_on == iteration:
+            self.save()
+        else:
+            point_to(folder / "checkpoints", verdict.ends_on)
+        if self.plan.config.save.hf_every is not None:
+            self._export(iteration_folder(folder / "checkpoints", verdict.ends_on))
 
     def finish_export(self) -> None:
         """Export the checkpoint that this run resumes from, where the run was stopped before it had done so."""

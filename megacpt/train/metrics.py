@@ -10,9 +10,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from megacpt.data.samples.blended import EvalSet
+from megacpt.eval.validation import Validation, bits_per_byte
 from megacpt.files import disk_errors, write_text
+from megacpt.train.rows import Row, diagnostic_line, diagnostic_scalars, is_evaluation
 
-Row = dict[str, Any]
 PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
 """Dense bf16 datasheet peaks, for MFU; a device that is not here gets none."""
 
@@ -61,38 +63,66 @@ def train_line(row: Row, total: int) -> str:
     return " | ".join(parts) + " |"
 
 
+def validation_row(name: str, eval_set: EvalSet, result: Validation) -> Row:
+    """The row of a validation, or of its failure where the loss is not finite; without the common fields."""
+    if not math.isfinite(result.loss):
+        return error_row(name, f"the loss is {result.loss}")
+    intervals = result.intervals()
+    loss_low, loss_high = intervals.loss or (None, None)
+    accuracy_low, accuracy_high = intervals.accuracy or (None, None)
+    return {
+        "validation": name,
+        "loss": result.loss,
+        "ppl": perplexity(result.loss),
+        "tokens": result.tokens,
+        "accuracy": result.accuracy,
+        "loss_low": loss_low,
+        "loss_high": loss_high,
+        "accuracy_low": accuracy_low,
+        "accuracy_high": accuracy_high,
+        "bits_per_byte": bits_per_byte(result.loss, eval_set),
+    }
+
+
+def error_row(name: str, message: str) -> Row:
+    """The row of a set that could not be evaluated, without the common fields."""
+    return {"evaluation_error": name, "message": " ".join(message.split())}
+
+
 def validation_line(row: Row) -> str:
     """Megatron's validation line of a validation row."""
     return (
         f" validation-{row['validation']} loss at iteration {row['iteration']} | lm loss value: {row['loss']:.6E} | "
-        f"lm loss PPL: {row['ppl']:.6E} | "
+        f"lm loss PPL: {row['ppl']:.6E} | next-token accuracy: {row['accuracy']:.6E} | "
     )
 
 
 def summary_lines(rows: list[Row]) -> list[str]:
-    """What each named set's loss did over the run: first, highest, lowest and last value, and at which iteration."""
+    """What each named set's loss and accuracy did: first, highest, lowest and last value, and at which iteration."""
     names = list(dict.fromkeys(row["validation"] for row in rows))
-    width, loss = max(map(len, names), default=0), itemgetter(0)
+    width, value_of = max(map(len, names), default=0), itemgetter(0)
     lines = []
-    for name in names:
-        points = [(row["loss"], row["iteration"]) for row in rows if row["validation"] == name]
-        highest, lowest = max(points, key=loss), min(points, key=loss)
-        marks = {"first": points[0], "highest": highest, "lowest": lowest, "last": points[-1]}
-        told = ", ".join(f"{mark} {value:.4f} (iteration {at:,})" for mark, (value, at) in marks.items())
-        lines.append(f"  validation loss of {name:<{width}}: {told}")
+    for metric in ("loss", "accuracy"):
+        for name in names:
+            points = [(r[metric], r["iteration"]) for r in rows if r["validation"] == name and metric in r]
+            if not points:
+                continue
+            highest, lowest = max(points, key=value_of), min(points, key=value_of)
+            marks = {"first": points[0], "highest": highest, "lowest": lowest, "last": points[-1]}
+            told = ", ".join(f"{mark} {value:.4f} (iteration {at:,})" for mark, (value, at) in marks.items())
+            lines.append(f"  validation {metric:<8} of {name:<{width}}: {told}")
     return lines
 
 
 def scalars(row: Row) -> dict[str, float]:
     """TensorBoard's tags for a row, in Megatron's names; those with ` vs samples` are drawn over samples."""
     if "validation" in row:
-        tag = f"lm loss validation-{row['validation']}"
-        return {
-            tag: row["loss"],
-            f"{tag} ppl": row["ppl"],
-            f"{tag} vs samples": row["loss"],
-            f"{tag} ppl vs samples": row["ppl"],
-        }
+        tag, accuracy = f"lm loss validation-{row['validation']}", f"accuracy validation-{row['validation']}"
+        values = {tag: row["loss"], f"{tag} ppl": row["ppl"]}
+        values |= {accuracy: row["accuracy"]} if "accuracy" in row else {}
+        return values | {f"{name} vs samples": value for name, value in values.items()}
+    if "lm_loss" not in row:
+        return diagnostic_scalars(row)
     values = {
         "lm loss": row["lm_loss"],
         "lm loss vs samples": row["lm_loss"],
@@ -130,7 +160,7 @@ class MetricsLog:
         self._text = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = _summary_writer(folder / "tensorboard") if tensorboard else None
         self._wandb = _wandb_run(wandb_project, folder) if wandb_project else None
-        self._validations = [row for row in kept if "validation" in row]
+        self.evaluations = [row for row in kept if is_evaluation(row)]
         for row in kept:
             self._draw(row)
 
@@ -147,16 +177,23 @@ class MetricsLog:
     def validation(self, row: Row) -> None:
         """Log a validation row."""
         self._write(row)
-        self._validations.append(row)
         self.say(validation_line(row))
 
-    def summary(self) -> None:
-        """Say what the validation losses did and where everything is."""
-        for line in summary_lines(self._validations):
+    def diagnostic(self, row: Row) -> None:
+        """Log a row of `megacpt.train.rows`: a failed evaluation, a diagnostic, the guard."""
+        self._write(row)
+        self.say(diagnostic_line(row))
+
+    def summary(self, ended: str | None = None) -> None:
+        """Say what the validations did, how the run ended (None: as planned) and where everything is."""
+        for line in summary_lines([row for row in self.evaluations if "validation" in row]):
             self.say(line)
-        self.say(f"finished after iteration {self.total:,}; numbers in {self.path}, checkpoints beside it")
+        ended = ended or f"finished after iteration {self.total:,}"
+        self.say(f"{ended}; numbers in {self.path}, checkpoints beside it")
 
     def _write(self, row: Row) -> None:
+        if is_evaluation(row):
+            self.evaluations.append(row)
         with disk_errors(self.path):
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()

@@ -84,6 +84,11 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The parts of an optimizer that are sharded over data-parallel ranks."""
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+
+
 def _main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of what the inner optimizer updates and the model parameter it stands for."""
     if isinstance(part, Float16OptimizerWithFloat16Params):

@@ -11,10 +11,11 @@ import torch
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config
-from megacpt.data.blended import Corpus, EvalSet
-from megacpt.data.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.samples.blended import Corpus, EvalSet
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
+from megacpt.train.guard import Ended
 from megacpt.train.origin import Origin
 from megacpt.train.schedule import LRSchedule
 
@@ -52,6 +53,7 @@ class Plan:
     dtype: torch.dtype
     origin: Origin | None = None
     notes: tuple[str, ...] = ()
+    ended: Ended | None = None
 
     @property
     def first_iteration(self) -> int:
@@ -60,8 +62,8 @@ class Plan:
 
     @property
     def last_iteration(self) -> int:
-        """The iteration after which the run ends."""
-        return self.mixture.steps
+        """The iteration after which the run ends; a run that the guard ended has no further one."""
+        return self.mixture.steps if self.ended is None else self.first_iteration
 
     @property
     def base_folder(self) -> Path | None:
@@ -81,6 +83,30 @@ class Plan:
         return iteration in settings.at or (
             regular and (iteration % (settings.every or 1) == 0 or iteration == self.last_iteration)
         )
+
+    @property
+    def measures_weights(self) -> bool:
+        """Whether the distance from the weights of iteration 0 is measured at all."""
+        settings = self.config.diagnostics.weight_update
+        return bool(settings.at) or settings.every is not None
+
+    def measures_weights_after(self, iteration: int) -> bool:
+        """Whether it is measured once `iteration` is finished."""
+        settings = self.config.diagnostics.weight_update
+        regular = settings.every is not None and (iteration % settings.every == 0 or iteration == self.last_iteration)
+        return iteration in settings.at or regular
+
+    def probes_gradients_of(self, iteration: int) -> bool:
+        """Whether the gradients of the batch of `iteration` are probed before it is trained on."""
+        settings = self.config.diagnostics.gradient_probe
+        return iteration in settings.at or (settings.every is not None and iteration % settings.every == 0)
+
+    @property
+    def domain(self) -> tuple[str, ...]:
+        """The sources that a gradient probe sets against all others."""
+        named = self.config.diagnostics.gradient_probe.domain
+        with_ = self.config.data.mixture.with_
+        return tuple(named) or (() if with_ is None else (with_,))
 
     def saves_after(self, iteration: int) -> bool:
         """Whether a checkpoint is written once `iteration` is finished."""

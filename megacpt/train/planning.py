@@ -8,11 +8,11 @@ import torch
 from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
 from megacpt.config.check import check_config, check_micro_batches
 from megacpt.config.tree import Config
-from megacpt.data.batches import BatchLayout
-from megacpt.data.blended import Corpus, EvalSet, SourceStream
-from megacpt.data.indexed import IndexedDataset, bin_path
-from megacpt.data.manifest import read_manifest
-from megacpt.data.tokenizer import load_tokenizer
+from megacpt.data.samples.batches import BatchLayout
+from megacpt.data.samples.blended import Corpus, EvalSet, SourceStream
+from megacpt.data.tokens.indexed import IndexedDataset, bin_path
+from megacpt.data.tokens.manifest import read_manifest
+from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
 from megacpt.model.hf.reference import require_transformers
@@ -20,6 +20,7 @@ from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import find_checkpoint, read_state
 from megacpt.train.foreign import check_foreign, read_foreign
+from megacpt.train.guard import read_end
 from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.plan import Plan, Resume, Vocabulary
@@ -68,6 +69,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
     mixture, notes = solve_mixture(config, corpora, schedule, resume)
     schedule.check(mixture.steps_available, train.global_batch_size)
+    ended, more = read_end(config, resume.state.iteration) if resume is not None else (None, ())
     plan = Plan(
         config=config,
         layout=layout,
@@ -80,10 +82,12 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         resume=resume,
         dtype=dtype,
         origin=origin,
-        notes=notes,
+        notes=(*notes, *more),
+        ended=ended,
     )
     _check_identity(plan)
     _check_init(plan)
+    _check_probe(plan)
     return plan
 
 
@@ -140,6 +144,20 @@ def _check_identity(plan: Plan) -> None:
                 f"{plan.resume.folder}: {key} was {old.get(key)} in this run and is now {new[key]}; restore it, or "
                 "choose another save.dir and start from these weights with init.checkpoint"
             )
+
+
+def _check_probe(plan: Plan) -> None:
+    settings, sources = plan.config.diagnostics.gradient_probe, [source.name for source in plan.mixture.sources]
+    unknown = [name for name in settings.domain if name not in sources]
+    if unknown:
+        raise UserError(
+            f"diagnostics.gradient_probe.domain: there is no source '{unknown[0]}'; data has {', '.join(sources)}"
+        )
+    if (settings.at or settings.every is not None) and not 0 < len(set(plan.domain)) < len(sources):
+        raise UserError(
+            "diagnostics.gradient_probe compares the domain's sources with others: name the domain in its key domain "
+            "or in data.mixture.with, and have at least one source beside it"
+        )
 
 
 def _check_init(plan: Plan) -> None:

@@ -1,18 +1,23 @@
 """Weights at iteration 0: drawn from a seed, loaded from a checkpoint, or imported from a Hugging Face folder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.blended import BlendedDataset
+from megacpt.errors import UserError
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import check_import
+from megacpt.model.hf.source import Source
 from megacpt.model.init import draw_weights
 from megacpt.train.checkpoint import find_checkpoint, load_weights
 from megacpt.train.exchange import GATE_SHAPE
 from megacpt.train.plan import Plan
+from megacpt.train.weight_update import BaseWeights, check_base, record_base, recorded_origin
 
 
 def initial_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str | None:
@@ -31,6 +36,49 @@ def initial_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str | None:
     assert folder is not None, "the plan has found it"
     load_weights(folder, chunks)
     return None
+
+
+def base_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> BaseWeights:
+    """A copy of the weights at iteration 0; when the run goes on, they are first read or drawn again into `chunks`.
+
+    Raises:
+        UserError: the weights that the run began from are gone, or are others now.
+    """
+    folder, init = Path(plan.config.save.dir), plan.config.init
+    if plan.resume is None:
+        base = BaseWeights.copy(chunks)
+        norms = base.norms()
+        if dist.get_rank() == 0:
+            record_base(folder, _origin_of_weights(plan), norms)
+        return base
+    origin = recorded_origin(folder) or _origin_of_weights(plan)
+    if init.hf is not None:
+        source = Source(init.hf)
+        fill_weights(chunks, source)
+        source.close()
+    elif init.checkpoint is not None:
+        load_weights(_existing(origin), chunks)
+    else:
+        draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
+    base = BaseWeights.copy(chunks)
+    check_base(folder, base)
+    return base
+
+
+def _origin_of_weights(plan: Plan) -> str:
+    init = plan.config.init
+    if init.checkpoint is None:
+        return init.hf if init.hf is not None else f"seed {plan.config.train.seed}"
+    return str(find_checkpoint(init.checkpoint) or init.checkpoint)
+
+
+def _existing(origin: str) -> Path:
+    if not Path(origin).is_dir():
+        raise UserError(
+            f"{origin}: diagnostics.weight_update compares with the weights that the run began from, and they are "
+            "gone; restore them, or unset diagnostics.weight_update"
+        )
+    return Path(origin)
 
 
 def _import_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str:

@@ -1,6 +1,6 @@
 """What a run says when it starts."""
 
-from megacpt.data.ledger import table
+from megacpt.data.mixture.ledger import table
 from megacpt.model.build import slot_classes
 from megacpt.runtime.environment import describe_device, versions
 from megacpt.train.job import Job
@@ -31,6 +31,8 @@ def announce(job: Job) -> None:
     if plan.resume is None:
         start = plan.config.init.checkpoint or plan.config.init.hf
         log.say(f"starting {'from the weights of ' + start if start else 'from fresh weights'}")
+    elif plan.ended is not None:
+        log.say(f"nothing to do: {plan.ended}; to go on from {plan.resume.folder}, change guard")
     elif plan.first_iteration >= plan.last_iteration:
         log.say(f"nothing to do: {plan.resume.folder} is the end of this plan ({plan.last_iteration} iterations)")
     else:
