@@ -159,9 +159,9 @@ def _failure(row: Row) -> str:
 
 def _guard(row: Row) -> str:
     drop, most = row.get("drop", optional_number), row.get("max_drop", optional_number)
-    did = {"warn": "warned", "stop": "stopped the run", "rollback": "went back to the best checkpoint"}
+    did = {"warn": "warned", "stop": "stopped the run", "rollback": "ended the run at its best checkpoint"}
     action = str(row.values.get("action"))
     return (
         f"Iteration {row.iteration:,}: the guard of {row.values['guard']} {did.get(action, action)} "
-        f"(a drop of {drop:.4g}, {most:.4g} allowed)."
+        f"(worse by {drop:.4g}, {most:.4g} allowed)."
     )

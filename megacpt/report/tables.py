@@ -79,7 +79,7 @@ def _gap_cells(run: RunData, metric: Metric, gap: Gap) -> tuple[Cell, ...]:
         if gap.dipped
         else Cell("none")
     )
-    told = {True: "significant", False: "within chance", None: "not tested"}[gap.delta_is_significant]
+    told = {True: "significant", False: "not significant", None: "not tested"}[gap.delta_is_significant]
     delta = Cell(signed(gap.delta or 0.0), told if gap.final.iteration else "", strong=bool(gap.delta_is_significant))
     return start, worst, depth, area, recovery, peak, final, delta
 
@@ -87,8 +87,9 @@ def _gap_cells(run: RunData, metric: Metric, gap: Gap) -> tuple[Cell, ...]:
 def _verdict(gap: Gap) -> str:
     if gap.depth_is_significant is None:
         return "not tested"
-    by = {"paired": " (paired)", "interval": ""}.get(gap.basis, "")
-    return f"{'significant' if gap.depth_is_significant else 'within chance'}{by}"
+    if gap.basis == "paired":
+        return "significant (paired)" if gap.depth_is_significant else "within chance (paired)"
+    return "significant" if gap.depth_is_significant else "inside the interval"
 
 
 def _epoch(run: RunData, mark: Mark) -> str:

@@ -208,8 +208,11 @@ def _ratio_told(updates: WeightUpdates) -> str:
 def _probe_map(run: RunData, of: str) -> HeatMap:
     probe = run.probe
     assert probe is not None
-    means = np.nanmean(probe.cosine, 1)
-    told = f"Mean cosine {value_text(means[0])} at first, {value_text(means[-1])} at last; below zero they pull apart."
+    known = probe.cosine[np.isfinite(probe.cosine).any(1)]  # frozen layers have no gradient, and no cosine
+    told = "No value yet."
+    if len(known):
+        first, last = (value_text(float(np.nanmean(known[at]))) for at in (0, -1))
+        told = f"Mean cosine {first} at first, {last} at last; below zero they pull apart."
     at = picked(len(probe.tokens), COLUMNS_MOST)
     return HeatMap(
         f"Domain gradient against general gradient{of}", (Finding(told),), LAYER_LABEL, "cosine",

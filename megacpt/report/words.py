@@ -86,7 +86,9 @@ def _sentence(metric: Metric, title: str, *, ended: bool) -> str:
         return f"{title} never {worse} {past} its starting level: {_course(numbers, ended=ended)}."
     depth, where = value_text(numbers.depth or 0.0), tokens_text(numbers.worst.tokens)
     if numbers.depth_is_significant is False:
-        return f"{title} {worse} by {depth} by {where}, within chance: {_course(numbers, ended=ended)}."
+        # An interval that ignores shared items cannot call it chance; a paired one can.
+        verdict = "within chance" if numbers.basis == "paired" else "inside the 95 % interval of step 0"
+        return f"{title} {worse} by {depth} by {where}, {verdict}: {_course(numbers, ended=ended)}."
     recovery = numbers.tokens_to_recovery
     if recovery is None:
         end = "had not recovered by the end" if ended else "has not recovered so far"

@@ -155,7 +155,7 @@ def test_guards_and_failures_are_notices(tmp_path: Path) -> None:
     run = read_run(metrics(tmp_path / "run", "".join(json.dumps(row) + "\n" for row in rows)), "run")
     assert run.notices == [
         "Iteration 3: evaluation of pubmedqa failed: it has no items.",
-        "Iteration 3: the guard of general accuracy stopped the run (a drop of 0.1, 0.05 allowed).",
+        "Iteration 3: the guard of general accuracy stopped the run (worse by 0.1, 0.05 allowed).",
     ]
 
 

@@ -30,8 +30,8 @@ def metric(values: list[float], *, spread: float | None = 0.01, first: int = 0, 
         ([0.3, 0.4], True,
          "General next-token accuracy never fell below its starting level: it ended 0.100 higher, 0.300 to 0.400."),
         ([0.3, 0.295, 0.3], True,
-         "General next-token accuracy fell by 0.0050 by 100K tokens, within chance: it ended where it began, "
-         "at 0.300."),
+         "General next-token accuracy fell by 0.0050 by 100K tokens, inside the 95 % interval of step 0: it "
+         "ended where it began, at 0.300."),
         ([0.3], True, "General next-token accuracy was 0.300 at step 0; not evaluated since."),
     ],
 )  # fmt: skip
