@@ -7,7 +7,7 @@ from megacpt.config.architecture import DEFAULTS
 from megacpt.data.mixture.ledger import table
 from megacpt.data.mixture.table import aligned
 from megacpt.train.activations import stage_activations
-from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
+from megacpt.train.memory import Setting, base_weights_bytes, checkpoint_bytes, stage_state
 from megacpt.train.plan import Plan, fingerprint
 
 LABEL = 13
@@ -240,6 +240,12 @@ def _memory(setting: Setting) -> Iterator[str]:
     largest = max(totals)
     unfused = f"; on a CPU, unfused RMSNorm keeps up to {size(composed)} more" if composed else ""
     yield f"largest: stage {totals.index(largest)} with {size(largest)} a rank{unfused}"
+    weight_update = setting.config.diagnostics.weight_update
+    if weight_update.at or weight_update.every is not None:
+        yield (
+            f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
+            "(diagnostics.weight_update)"
+        )
 
 
 def _span(stages: Sequence[int]) -> str:

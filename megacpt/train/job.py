@@ -238,6 +238,7 @@ class Job:
             self.plan.base_folder,
         )
         best = self.watch.best if self.watch is not None else None
+        gather_parameters(self.wrapped)
         kept = Kept(self.plan.config.save.keep_last, best and best.iteration)
         folder = save_checkpoint(root, self._state(), self.chunks, self.optimizer, beside, kept)
         if self.plan.exports_after(self.progress.iteration):

@@ -108,21 +108,11 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
     (`SelfAttention.get_query_key_value_tensors`). Tied embeddings lie on the first and the last stage
     (`LanguageModule.setup_embeddings_and_output_layer`).
     """
-    shape, tp = setting.architecture, setting.layout.tensor
-    hidden = shape.hidden_size
+    shape, hidden = setting.architecture, setting.architecture.hidden_size
     tied = not shape.untie_embeddings_and_output_weights
     first, last = setting.is_first(stage, chunk), setting.is_last(stage, chunk)
     table = Parameter(setting.vocabulary_rows * hidden, shared=tied and setting.layout.pipeline > 1)
-    qkv, fc1 = shape.qkv_size // tp, shape.fc1_size // tp
-    norm = [hidden] * (shape.norm_parameters // hidden)
-    layer = [
-        *norm,
-        *_linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape),
-        *_linear(qkv * hidden, qkv, shape),
-        *norm,
-        *_linear(fc1 * hidden, fc1, shape),
-        *_linear(shape.ffn_hidden_size // tp * hidden, hidden, shape),
-    ]
+    norm, layer = _norm(shape), _layer(shape, setting.layout.tensor)
     found = [table] if first else []
     found += [Parameter(n, setting.trains(number)) for number in setting.layers(stage, chunk) for n in layer]
     if last:
@@ -130,6 +120,23 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
     if last and not (first and tied):
         found.append(table)
     return found
+
+
+def _norm(shape: Architecture) -> list[int]:
+    return [shape.hidden_size] * (shape.norm_parameters // shape.hidden_size)
+
+
+def _layer(shape: Architecture, tp: int) -> list[int]:
+    """Elements of a layer's tensors on one tensor-parallel rank."""
+    hidden, qkv, fc1 = shape.hidden_size, shape.qkv_size // tp, shape.fc1_size // tp
+    return [
+        *_norm(shape),
+        *_linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape),
+        *_linear(qkv * hidden, qkv, shape),
+        *_norm(shape),
+        *_linear(fc1 * hidden, fc1, shape),
+        *_linear(shape.ffn_hidden_size // tp * hidden, hidden, shape),
+    ]
 
 
 def _linear(matrix: int, bias: int, shape: Architecture) -> list[int]:
@@ -189,6 +196,15 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
             yield round_up(size, unit)
             size = 0
     yield round_up(size, unit)
+
+
+def base_weights_bytes(setting: Setting) -> int:
+    """Host memory for the transformer layers' weights of iteration 0, as `megacpt.train.shares` deals them, at most.
+
+    The first rank of a tensor-parallel group has the norms; a data-parallel rank keeps its part of each tensor.
+    """
+    tensors = _layer(setting.architecture, setting.layout.tensor) * setting.chunk_layers * setting.chunks
+    return sum(-(-count // setting.layout.data) for count in tensors) * setting.dtype.itemsize
 
 
 def round_up(value: int, unit: int) -> int:

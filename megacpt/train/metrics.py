@@ -111,7 +111,7 @@ def summary_lines(rows: list[Row]) -> list[str]:
             highest, lowest = max(points, key=value_of), min(points, key=value_of)
             marks = {"first": points[0], "highest": highest, "lowest": lowest, "last": points[-1]}
             told = ", ".join(f"{mark} {value:.4f} (iteration {at:,})" for mark, (value, at) in marks.items())
-            lines.append(f"  validation {metric:<8} of {name:<{width}}: {told}")
+            lines.append(f"  validation {metric} of {name:<{width}}: {told}")
     return lines
 
 

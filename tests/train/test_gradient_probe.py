@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, tiny.Tree]] = {
 
 
 def configuration(folder: Path, run: str, *changes: tiny.Tree) -> tiny.Tree:
-    short: tiny.Tree = {"train": {"train_iters": STEPS, "freeze": {"bottom": 1}}, "eval": {"sets": {}}}
+    short: tiny.Tree = {"train": {"train_iters": STEPS, "freeze": {"bottom": 1}}, "eval": {"at": [], "every": None}}
     return tiny.tree(folder, run, short, *changes)
 
 

@@ -111,6 +111,19 @@ def test_distributed_optimizer_state_goes_to_any_other(corpora: Path) -> None:
         np.testing.assert_allclose(loss[:4], expected[:4], rtol=1e-6 if dtype == "fp32" else 2e-3)
 
 
+def test_a_checkpoint_has_what_overlap_param_gather_still_owes(corpora: Path) -> None:
+    flags = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    # Without an evaluation, whose forward pass would pay.
+    overlap = {"optimizer": dict.fromkeys(flags, True), "eval": {"at": [], "every": None}, "train": {"train_iters": 6}}
+    whole, parts = (tiny.tree(corpora, f"overlap_{name}", overlap) for name in ("whole", "parts"))
+    run_ranks(tiny.train_here, 2, whole, 2)
+    parts["train"]["train_iters"] = 3
+    run_ranks(tiny.train_here, 2, parts, 2)
+    parts["train"]["train_iters"] = 6
+    run_ranks(tiny.train_here, 2, parts, 2)
+    assert tiny.rows(corpora / "overlap_parts") == tiny.rows(corpora / "overlap_whole")
+
+
 def test_weights_only_start(corpora: Path) -> None:
     run_ranks(tiny.train_here, 1, tiny.tree(corpora, "base", STOP), 1)
     start = {"init": {"checkpoint": str(corpora / "base" / "checkpoints")}, "train": {"train_iters": 2}}

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megacpt.config.load import config_from
 from megacpt.errors import UserError
-from tests.jobs import small_config, write_corpus
+from megacpt.train.memory import Setting, base_weights_bytes
+from megacpt.train.planning import make_plan
+from tests.jobs import small_config, start, write_corpus
 from tests.model.hf.models import make_model, tensors_of
 from tests.ranks import run_ranks
 from tests.train import tiny
@@ -97,9 +100,27 @@ def test_numbers_are_those_of_two_folders(folder: Path, name: str, world: int, c
     assert (bottom["mean_ratio"] == 0) == ("freeze" in changes.get("train", {}))
 
 
+def kept_bytes(tree: tiny.Tree) -> int:
+    job = start(config_from(tree, "test"))
+    assert job.base is not None
+    return sum(values.nbytes for values in job.base.values)
+
+
+def test_the_dry_run_knows_what_is_kept(folder: Path) -> None:
+    tree = configuration(folder, "kept", tiny.layout(tp=2), {"precision": {"dtype": "bf16"}})
+    found = run_ranks(kept_bytes, 4, tree)
+    plan = make_plan(config_from(tree, "test"), 4, on_gpu=False)
+    assert max(found) == base_weights_bytes(Setting(plan.config, plan.architecture, plan.layout, plan.dtype))
+    assert sum(found) == 2 * plan.architecture.num_layers * plan.architecture.layer_parameters
+
+
 def test_a_resumed_run_measures_from_its_beginning(tmp_path: Path) -> None:
     tiny.write_corpora(tmp_path)
-    common = {"diagnostics": {"weight_update": {"every": 2}}, "eval": {"sets": {}}, "train": {"train_iters": 2}}
+    common = {
+        "diagnostics": {"weight_update": {"every": 2}},
+        "eval": {"at": [], "every": None},
+        "train": {"train_iters": 2},
+    }
     base = tiny.tree(tmp_path, "base", common)
     run_ranks(tiny.train_here, 1, base, 1)
     onwards = {"init": {"checkpoint": str(tmp_path / "base")}, "save": {"interval": 2}}
