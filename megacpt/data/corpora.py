@@ -11,7 +11,7 @@ from megacpt.data.documents import Source, find_inputs
 from megacpt.data.filtering import kept_rows
 from megacpt.data.indexed import IndexedDataset
 from megacpt.data.manifest import Filters, read_manifest
-from megacpt.data.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, decoded
+from megacpt.data.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, Task, decoded
 from megacpt.data.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 
@@ -37,7 +37,7 @@ class Corpus(Protocol):
         """Tells this corpus from another before it is read."""
         ...
 
-    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[BlockTask | RangeTask | None, int]]:
+    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[Task | None, int]]:
         """(task, consumed) of each piece in order; for the first `done`, a task without scoring, or none."""
         ...
 
@@ -70,7 +70,7 @@ class TextFiles:
         columns = [*self._keys, *([spec.name] if isinstance(spec, ColumnSpec) else [])]
         number = 0
         for source in self._sources:
-            for block in source.blocks(columns):
+            for block in source.pieces(columns):
                 again = number < done
                 task = BlockTask(block, self._keys, self.filters, None if again else spec)
                 yield (None if again and self.filters.dedup == "none" else task), block.consumed

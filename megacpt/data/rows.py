@@ -14,7 +14,7 @@ from megacpt.errors import UserError
 
 
 class WrongRow(UserError):
-    """What is wrong with the `index`-th row, from 0, of a block of `file`, the first row of which has number `first`."""
+    """What is wrong with the `index`-th row, from 0, of a block of `file` whose first row has the number `first`."""
 
     def __init__(self, file: str, first: int, index: int, words: str) -> None:
         super().__init__(f"{file}:{first + index}: {words}")
