@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megacpt.data.scores.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, decoded
+from megacpt.data.scores.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, Task, decoded
 from megacpt.data.text.documents import Source, find_inputs
 from megacpt.data.text.filtering import kept_rows
 from megacpt.data.text.provenance import Filters
@@ -38,7 +38,7 @@ class Corpus(Protocol):
         """Tells this corpus from another before it is read."""
         ...
 
-    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[BlockTask | RangeTask | None, int]]:
+    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[Task | None, int]]:
         """(task, consumed) of each piece in order; for the first `done`, a task without scoring, or none."""
         ...
 
@@ -71,7 +71,7 @@ class TextFiles:
         columns = [*self._keys, *([spec.name] if isinstance(spec, ColumnSpec) else [])]
         number = 0
         for source in self._sources:
-            for block in source.blocks(columns):
+            for block in source.pieces(columns):
                 again = number < done
                 task = BlockTask(block, self._keys, self.filters, None if again else spec)
                 yield (None if again and self.filters.dedup == "none" else task), block.consumed

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import filterfalse, pairwise
+from itertools import batched, chain, filterfalse, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,8 @@ EDGE = b"\n\0\n"
 """What documents are joined with: NUL is a line of its own, and in no normalised text."""
 MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
 """Words of the text that KenLM would take for a sentence's edge or for every unknown word."""
-MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:</?s>|<unk>|<UNK>)(?![^ \n\0])")
+MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:" + b"|".join(MARKS) + rb")(?![^ \n\0])")
+SECOND_OF_MARKS = np.isin(np.arange(256), [mark[1] for mark in MARKS])
 
 
 class Sentences(NamedTuple):
@@ -185,10 +186,13 @@ def _replacement(rules: Normalization) -> Callable[[str], str]:
 
 def _without_marks(data: bytes) -> bytes:
     """The text without MARKS where they stand as whole words."""
-    places = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("<")).tolist()
-    if not any(data.startswith(MARKS, place) for place in places):
-        return data
-    return MARK_AS_WORD.sub(b"", data)
+    characters = np.frombuffer(data, dtype=np.uint8)
+    places = np.flatnonzero(characters == ord("<"))
+    # Text such as HTML is full of "<", and few of them begin a mark.
+    places = places[SECOND_OF_MARKS[characters.take(places + 1, mode="clip")]]
+    found = [match.span() for place in places.tolist() if (match := MARK_AS_WORD.match(data, place))]
+    edges = [0, *chain.from_iterable(found), len(data)]
+    return b"".join([data[start:stop] for start, stop in batched(edges, 2)]) if found else data
 
 
 def _word_counts(data: bytes) -> list[int]:

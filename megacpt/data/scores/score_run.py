@@ -3,8 +3,9 @@
 import errno
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 
 from megacpt import __version__
 from megacpt.data.scores.corpora import Corpus
-from megacpt.data.scores.pool import WorkerLost, ordered
 from megacpt.data.scores.score_work import ScoreWork
 from megacpt.data.scores.scores import ScoresManifest, manifest_path, write_scores
-from megacpt.data.scores.scoring import BlockTask, RangeTask, Scored, ScorerSpec, run_task
+from megacpt.data.scores.scoring import BlockTask, Scored, ScorerSpec, Task, run_task
 from megacpt.data.text.filtering import DUPLICATES, DigestSet
+from megacpt.data.text.rows import WrongRow
+from megacpt.data.tokens.pool import Run, pool
+from megacpt.data.tokens.processes import WorkerLost
 from megacpt.data.tokens.progress import Progress, Totals
 from megacpt.errors import UserError
 
@@ -61,18 +64,20 @@ def score(job: ScoreJob, corpus: Corpus) -> ScoresManifest:
         raise UserError(f"--workers {job.workers}: there must be at least one")
     if not job.overwrite and (job.output.exists() or manifest_path(job.output).exists()):
         raise UserError(f"{job.output}: exists already; pass --overwrite or choose another --output")
-    work = ScoreWork(job.output, {"corpus": corpus.identity(), **asdict(job.record), "version": __version__})
-    try:
-        _run(job, corpus, work)
-        manifest = _finish(job, corpus, work)
-    except UserError as error:
-        # A wrong row has to change, and then the scores so far are another job's.
-        work.leave() if _passes(error) else work.remove()
-        raise
-    except BaseException:
-        work.leave()
-        raise
-    work.remove()
+    # Processes of its own start before the work folder is locked.
+    with pool(run_task, job.workers, job.engine) as run:
+        work = ScoreWork(job.output, {"corpus": corpus.identity(), **asdict(job.record), "version": __version__})
+        try:
+            _run(job, corpus, work, run)
+            manifest = _finish(job, corpus, work)
+        except UserError as error:
+            # A wrong row has to change, and then the scores so far are another job's.
+            work.leave() if _passes(error) else work.remove()
+            raise
+        except BaseException:
+            work.leave()
+            raise
+        work.remove()
     return manifest
 
 
@@ -83,22 +88,25 @@ def _passes(error: UserError) -> bool:
     return full or isinstance(error, WorkerLost)
 
 
-def _run(job: ScoreJob, corpus: Corpus, work: ScoreWork) -> None:
+def _run(job: ScoreJob, corpus: Corpus, work: ScoreWork, run: Run[Task, Scored]) -> None:
     seen = DigestSet() if corpus.filters is not None and corpus.filters.dedup == "exact" else None
     done = work.done
     totals = Totals()
+    under_way: deque[Task] = deque()
 
-    def wanted() -> Iterator[BlockTask | RangeTask]:
+    def wanted() -> Iterator[Task]:
         for task, consumed in corpus.tasks(job.spec, done):
             if task is None:
                 totals.consumed += consumed
             else:
-                yield task
+                under_way.append(task)
+                # Another machine may not see the files.
+                yield task.loaded() if job.engine == "ray" else task
 
     first = 0 if seen else done
-    with closing(_Report(corpus.size)) as progress:
-        results: Iterable[Scored] = ordered(run_task, wanted(), job.workers, job.engine)
+    with closing(_Report(corpus.size)) as progress, closing(run(wanted())) as results, _wrong_rows_named(under_way):
         for number, result in enumerate(results, start=first):
+            under_way.popleft()
             scores, dropped = result.scores, result.dropped
             if seen is not None:
                 assert result.digests is not None
@@ -111,6 +119,17 @@ def _run(job: ScoreJob, corpus: Corpus, work: ScoreWork) -> None:
             totals.consumed += result.consumed
             totals.text += result.text
             progress.update(totals)
+
+
+@contextmanager
+def _wrong_rows_named(under_way: deque[Task]) -> Iterator[None]:
+    """Name a bad row by its line: the first task that has no result yet holds it."""
+    try:
+        yield
+    except WrongRow as error:
+        task = under_way[0]
+        assert isinstance(task, BlockTask)
+        raise error.named(task.block) from error
 
 
 def _finish(job: ScoreJob, corpus: Corpus, work: ScoreWork) -> ScoresManifest:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +14,11 @@ from megacpt.data.scores.dsir import DsirModel, DsirScorer
 from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization
 from megacpt.data.text.documents import Block
-from megacpt.data.text.filtering import digests_of, kept_rows
+from megacpt.data.text.filtering import digests_of, kept_columns, kept_rows
 from megacpt.data.text.provenance import Filters
+from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.data.tokens.tokenizer import load_tokenizer
-from megacpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class BlockTask:
     filters: Filters
     spec: ScorerSpec | None
 
+    def loaded(self) -> "BlockTask":
+        """With the rows themselves."""
+        return replace(self, block=self.block.loaded())
+
 
 @dataclass(frozen=True)
 class RangeTask:
@@ -69,6 +73,13 @@ class RangeTask:
     tokenizer_model: str
     frame: frozenset[int]
     spec: KenlmSpec | DsirModel
+
+    def loaded(self) -> "RangeTask":
+        """As it is: the dataset is read where it is scored."""
+        return self
+
+
+Task = BlockTask | RangeTask
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ def open_scorer(spec: KenlmSpec | DsirModel) -> TextScorer:
     return DsirScorer(spec)
 
 
-def run_task(task: BlockTask | RangeTask) -> Scored:
+def run_task(task: Task) -> Scored:
     """Score a piece of a corpus.
 
     Raises:
@@ -107,16 +118,16 @@ def run_task(task: BlockTask | RangeTask) -> Scored:
 
 def _score_block(task: BlockTask) -> Scored:
     dropped: Counter[str] = Counter()
-    rows = list(kept_rows(task.block, task.keys, task.filters, dropped))
-    texts = [text for _, (text, *_) in rows]
-    if task.spec is None:
-        scores = np.empty(0, dtype=np.float32)
-    elif isinstance(task.spec, ColumnSpec):
-        scores = column_values(task.block, task.spec.name, [where for where, _ in rows])
+    block = task.block.loaded()
+    if isinstance(task.spec, ColumnSpec):
+        rows = list(kept_rows(block, task.keys, task.filters, dropped))
+        texts = [text for _, (text, *_) in rows]
+        scores = column_values(block, task.spec.name, [where for where, _ in rows])
     else:
-        scores = open_scorer(task.spec).score(texts)
+        texts = kept_columns(block, task.keys, task.filters, dropped)[0]
+        scores = np.empty(0, dtype=np.float32) if task.spec is None else open_scorer(task.spec).score(texts)
     digests = digests_of(texts) if task.filters.dedup == "exact" else None
-    return Scored(scores, task.block.consumed, task.block.size, digests, dropped)
+    return Scored(scores, block.consumed, block.size, digests, dropped)
 
 
 def _score_range(task: RangeTask) -> Scored:
@@ -150,7 +161,7 @@ def column_values(block: Block, name: str, places: Sequence[str]) -> np.ndarray:
     """The numbers under `name` in the rows at `places` (FILE:LINE): float32 [places].
 
     Raises:
-        UserError: a row has no finite number there.
+        WrongRow: a row has no finite number there.
     """
     lines = block.lines.split(b"\n") if block.columns is None else []
     values = np.empty(len(places), dtype=np.float32)
@@ -161,8 +172,10 @@ def column_values(block: Block, name: str, places: Sequence[str]) -> np.ndarray:
         else:
             value = block.columns[name][row] if name in block.columns else None
         if value is None:
-            raise UserError(f"{where}: has no number under {name!r}; correct the row or name another --scorer column")
+            words = f"has no number under {name!r}; correct the row or name another --scorer column"
+            raise WrongRow(block.file, block.first, row, words)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 3.4e38:
-            raise UserError(f"{where}: the value of {name!r} is no finite number but {value!r}; correct the row")
+            words = f"the value of {name!r} is no finite number but {value!r}; correct the row"
+            raise WrongRow(block.file, block.first, row, words)
         values[index] = value
     return values

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,21 +16,25 @@ class Damaged(Exception):
 
 
 class HashingFile:
-    """Reads a binary file forwards from `start` to `stop`; knows how far it is and the sha256 of what has passed."""
+    """Reads a binary file forwards from `start`; knows how far it is and the sha256 of what has passed."""
 
-    def __init__(self, handle: IO[bytes], start: int = 0, stop: int | None = None) -> None:
-        self._handle, self._stop = handle, stop
+    def __init__(self, handle: IO[bytes], start: int = 0) -> None:
+        self._handle = handle
         self._sha256 = hashlib.sha256()
         self.position = handle.seek(start)
 
     def read(self, size: int = -1) -> bytes:
-        if self._stop is not None:
-            left = self._stop - self.position
-            size = left if size < 0 else min(size, left)
         chunk = self._handle.read(size)
         self._sha256.update(chunk)
         self.position += len(chunk)
         return chunk
+
+    def pass_to(self, position: int) -> None:
+        """Read on, for the sha256 alone."""
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, position - self.position)))
+        while size := os.preadv(self._handle.fileno(), [buffer[: position - self.position]], self.position):
+            self._sha256.update(buffer[:size])
+            self.position += size
 
     def hexdigest(self) -> str:
         return self._sha256.hexdigest()

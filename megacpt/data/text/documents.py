@@ -4,9 +4,10 @@ That is cheap and sequential; a block is parsed by `rows.parse_block`, which may
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +16,9 @@ from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
+LINE_BYTES = 1 << 14
+"""Read at once to find the end of a line."""
 PARQUET_ROWS = 128
 IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
 PACKED = (".gz", ".zst")
@@ -28,11 +31,13 @@ class Block:
 
     Attributes:
         file: as rows are named: the path, or the path and the byte from which rows are counted.
-        first: number of the first row, from 1.
+        first: number of the first row, from 1; 0 where nobody has counted the rows before it.
         consumed: bytes of the file that were read to make this block.
-        rows: how many, blank lines included.
+        rows: how many rows the columns hold.
         offset: where the first row begins: bytes after decompression; for Parquet, rows.
-        plain: the file in which `lines` lie at `offset` as they are; empty if it is packed.
+        plain: the file in which the lines lie at `offset` as they are; empty if it is packed.
+        counted_from: byte of that file from which rows are counted.
+        unread: bytes of lines that are still to be read from there.
     """
 
     file: str
@@ -43,27 +48,42 @@ class Block:
     rows: int = 0
     offset: int = 0
     plain: str = ""
+    counted_from: int = 0
+    unread: int = 0
 
     @property
-    def end(self) -> "Place":
-        """Where the row after this block begins."""
-        size = self.rows if self.columns is not None else len(self.lines) + 1
-        return Place(self.first + self.rows, self.offset + size)
+    def end(self) -> int:
+        """The offset of the row after this block."""
+        return self.offset + (self.rows if self.columns is not None else len(self.lines) + self.unread + 1)
 
     @property
     def size(self) -> int:
         """Bytes of decompressed JSON, or characters of text."""
         if self.columns is None:
-            return len(self.lines)
+            return len(self.lines) + self.unread
         return sum(len(value) for column in self.columns.values() for value in column if isinstance(value, str))
 
+    def loaded(self) -> "Block":
+        """With its lines, in whichever process asks.
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row begins: its number, from 1, and its offset as in `Block`."""
+        Raises:
+            UserError: the file cannot be read, or ends earlier than it did.
+        """
+        if not self.unread:
+            return self
+        try:
+            with open(self.plain, "rb", buffering=0) as handle:
+                handle.seek(self.offset)
+                lines = handle.read(self.unread)
+        except OSError as error:
+            raise _unreadable(self.plain, error) from error
+        if len(lines) < self.unread:
+            raise _changed(self.plain)
+        return replace(self, lines=lines, unread=0)
 
-    row: int = 1
-    offset: int = 0
+    def numbered(self) -> "Block":
+        """With the number of its first row; the file is read up to it if need be."""
+        return self if self.first else replace(self, first=1 + _line_ends(self.plain, self.counted_from, self.offset))
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -145,33 +165,40 @@ class Source:
         """Name, bytes and sha256 of the file, for a manifest; no sha256 where the part ends before the file does."""
         return InputFile(self.path.name, self.size, self._sha256)
 
-    def blocks(self, keys: Sequence[str], start: Place | None = None) -> Iterator[Block]:
-        """The part's rows in order, about half a megabyte of text at a time; from `start`, the end of some block."""
+    def blocks(self, keys: Sequence[str], start: int | None = None) -> Iterator[Block]:
+        """The part's rows in order, about a megabyte of text at a time; from `start`, the end of some block."""
+        first = 0
+        for block in self.pieces(keys, start):
+            if block.plain:
+                first = first or block.numbered().first
+                block = replace(block.loaded(), first=first)
+                first += block.lines.count(b"\n") + 1
+            yield block
+
+    def pieces(self, keys: Sequence[str], start: int | None = None) -> Iterator[Block]:
+        """`blocks`, of which those of a plain file are neither loaded nor numbered."""
         parquet = self.path.suffix == ".parquet"
         try:
             yield from self._parquet_blocks(keys, start) if parquet else self._line_blocks(start)
             if self._stat() != (self.size, self.mtime_ns):
-                raise UserError(f"{self.path}: was changed while it was read; run again once nothing writes to it")
+                raise _changed(self.path)
             if self.ended is None and not self._sha256:
                 self._sha256 = sha256_of(self.path)
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise _unreadable(self.path, error) from error
 
     def _stat(self) -> tuple[int, int]:
         try:
             found = self.path.stat()
         except OSError as error:
-            raise self._unreadable(error) from error
+            raise _unreadable(self.path, error) from error
         return found.st_size, found.st_mtime_ns
-
-    def _unreadable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be read ({error.strerror or error})")
 
     def _set_edges(self, first: int, stop: int, end: int) -> None:
         self.began = first if first < end or not self.begin else None
         self.ended = stop if stop < end else None
 
-    def _line_blocks(self, start: Place | None) -> Iterator[Block]:
+    def _line_blocks(self, start: int | None) -> Iterator[Block]:
         with open(self.path, "rb") as handle:
             if self.packed:
                 yield from self._packed_blocks(handle, start)
@@ -179,18 +206,35 @@ class Source:
             first = _row_start(handle, self.begin)
             stop = self.size if self.end is None else _row_start(handle, self.end)
             self._set_edges(first, stop, self.size)
-            place = start or Place(1, first)
-            raw = HashingFile(handle, place.offset, stop)
-            yield from self._cut(raw, place)
-            if place.offset == 0 and self.ended is None:
-                self._sha256 = raw.hexdigest()
+            first = start or first
+            if first > 0 or self.ended is not None:
+                yield from self._plain_blocks(handle, first, stop)
+                return
+            raw = HashingFile(handle)
+            for block in self._plain_blocks(handle, first, stop):
+                yield block
+                # Close behind whoever loads the block, so that the disk is read once.
+                raw.pass_to(block.offset + block.consumed)
+            self._sha256 = raw.hexdigest()
 
-    def _packed_blocks(self, handle: IO[bytes], start: Place | None) -> Iterator[Block]:
+    def _plain_blocks(self, handle: IO[bytes], offset: int, stop: int) -> Iterator[Block]:
+        """Blocks that end with the first line that ends BLOCK_BYTES or more after their beginning."""
+        counted_from = self.began or 0
+        name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
+        while offset < stop:
+            end = min(stop, _row_start(handle, offset + BLOCK_BYTES))
+            unread = end - offset - (os.pread(handle.fileno(), 1, end - 1) == b"\n")
+            yield Block(
+                name, 0, end - offset, offset=offset, plain=str(self.path), counted_from=counted_from, unread=unread
+            )
+            offset = end
+
+    def _packed_blocks(self, handle: IO[bytes], start: int | None) -> Iterator[Block]:
         """Read from the beginning, whatever the part: that is how these formats are."""
         raw = HashingFile(handle)
-        taken = start.offset if start else 0
+        taken = start or 0
         at = 0
-        for block in self._cut(raw, Place()):
+        for block in self._cut(raw):
             if at >= self.begin and self.began is None:
                 self.began = block.offset
             if self.end is not None and at >= self.end:
@@ -201,12 +245,9 @@ class Source:
             at += block.consumed
         self._sha256 = raw.hexdigest()
 
-    def _cut(self, raw: HashingFile, place: Place) -> Iterator[Block]:
+    def _cut(self, raw: HashingFile) -> Iterator[Block]:
         """Blocks of whole lines."""
-        counted_from = self.began or 0
-        name = f"{self.path} (from byte {counted_from:,})" if counted_from else str(self.path)
-        plain = "" if self.packed else str(self.path)
-        line, offset, accounted = place.row, place.offset, raw.position
+        line, offset, accounted = 1, 0, 0
         held: list[bytes] = []
         held_bytes = 0
         try:
@@ -216,20 +257,17 @@ class Source:
                 if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
                     continue
                 lines, _, rest = b"".join(held).rpartition(b"\n")
-                rows = lines.count(b"\n") + 1
-                yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
-                line, offset, accounted = line + rows, offset + len(lines) + 1, raw.position
+                yield Block(str(self.path), line, raw.position - accounted, lines, offset=offset)
+                line, offset, accounted = line + lines.count(b"\n") + 1, offset + len(lines) + 1, raw.position
                 held, held_bytes = [rest], len(rest)
         except Damaged as error:
             after = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
             raise UserError(f"{self.path}: {error} {after}; fetch or write the file again") from error
         rest = b"".join(held)
         if rest:
-            rows = rest.count(b"\n") + (not rest.endswith(b"\n"))
-            lines = rest.removesuffix(b"\n")
-            yield Block(name, line, raw.position - accounted, lines, rows=rows, offset=offset, plain=plain)
+            yield Block(str(self.path), line, raw.position - accounted, rest.removesuffix(b"\n"), offset=offset)
 
-    def _parquet_blocks(self, keys: Sequence[str], start: Place | None) -> Iterator[Block]:
+    def _parquet_blocks(self, keys: Sequence[str], start: int | None) -> Iterator[Block]:
         import pyarrow
         import pyarrow.parquet
 
@@ -241,7 +279,7 @@ class Source:
                 first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)
                 self._set_edges(first, stop, total)
-                first = start.offset if start else first
+                first = first if start is None else start
                 groups, row = _row_groups(table.metadata, first, stop)
                 for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=present):
                     head, tail = max(0, first - row), min(batch.num_rows, stop - row)
@@ -257,18 +295,35 @@ class Source:
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
 
 
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def _changed(path: str | Path) -> UserError:
+    return UserError(f"{path}: was changed while it was read; run again once nothing writes to it")
+
+
 def _row_start(handle: IO[bytes], position: int) -> int:
     """Where the first line that begins at `position` or later begins; the file's size if none does."""
     if position == 0:
         return 0
-    handle.seek(position - 1)
-    while True:
-        chunk = handle.read(CHUNK_BYTES)
+    position -= 1
+    while chunk := os.pread(handle.fileno(), LINE_BYTES, position):
         end = chunk.find(b"\n")
         if end >= 0:
-            return handle.tell() - len(chunk) + end + 1
-        if not chunk:
-            return handle.tell()
+            return position + end + 1
+        position += len(chunk)
+    return position
+
+
+def _line_ends(path: str, start: int, stop: int) -> int:
+    """Line feeds in bytes [start, stop) of a file."""
+    if start == stop:
+        return 0
+    with open(path, "rb", buffering=0) as handle:
+        handle.seek(start)
+        sizes = (min(CHUNK_BYTES, stop - at) for at in range(start, stop, CHUNK_BYTES))
+        return sum(handle.read(size).count(b"\n") for size in sizes)
 
 
 def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:

@@ -13,6 +13,22 @@ from megacpt.data.text.documents import Block, Source
 from megacpt.errors import UserError
 
 
+class WrongRow(UserError):
+    """What is wrong with the `index`-th row, from 0, of a block of `file` whose first row has the number `first`."""
+
+    def __init__(self, file: str, first: int, index: int, words: str) -> None:
+        super().__init__(f"{file}:{first + index}: {words}")
+        self.file, self.first, self.index, self.words = file, first, index, words
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WrongRow, (self.file, self.first, self.index, self.words)
+
+    def named(self, block: Block) -> UserError:
+        """The same of a row of this block, which may not have been numbered when it was parsed."""
+        first = self.first or block.numbered().first
+        return UserError(f"{self.file}:{first + self.index}: {self.words}")
+
+
 class BadRow(Exception):
     """One row that cannot be used: `kind` is a counter's name, `reason` the words for a user."""
 
@@ -31,12 +47,12 @@ def parse_block(
             missing_key, not_a_string) and passes over them.
 
     Raises:
-        UserError: a bad row, named by file and line.
+        WrongRow: a bad row, named by file and line.
     """
-    for number, row in enumerate(_raw_rows(block), block.first):
-        texts = _row(f"{block.file}:{number}", row, keys, skipped)
+    for index, row in enumerate(_raw_rows(block)):
+        texts = _row(block, index, row, keys, skipped)
         if texts is not None:
-            yield f"{block.file}:{number}", texts
+            yield f"{block.file}:{block.first + index}", texts
 
 
 def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = None) -> list[list[str]]:
@@ -44,7 +60,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
     import orjson
 
     columns: list[list[str]] = [[] for _ in keys]
-    for number, row in enumerate(_raw_rows(block), block.first):
+    for index, row in enumerate(_raw_rows(block)):
         texts: list[str] | None = None
         if isinstance(row, bytes):
             try:
@@ -53,7 +69,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
             except (ValueError, LookupError, TypeError):
                 texts = None
         if texts is None or set(map(type, texts)) != {str}:
-            texts = _row(f"{block.file}:{number}", row, keys, skipped)
+            texts = _row(block, index, row, keys, skipped)
         if texts is not None:
             for column, text in zip(columns, texts, strict=True):
                 column.append(text)
@@ -61,7 +77,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
 
 
 def _row(
-    where: str, row: bytes | dict[str, Any], keys: Sequence[str], skipped: Counter[str] | None
+    block: Block, index: int, row: bytes | dict[str, Any], keys: Sequence[str], skipped: Counter[str] | None
 ) -> list[str] | None:
     """A row's texts, or None where it holds none."""
     if isinstance(row, bytes) and not row.strip():
@@ -70,7 +86,8 @@ def _row(
         return _texts(row, keys)
     except BadRow as bad:
         if skipped is None:
-            raise UserError(f"{where}: {bad.reason}; correct the row or pass --skip-invalid") from bad
+            words = f"{bad.reason}; correct the row or pass --skip-invalid"
+            raise WrongRow(block.file, block.first, index, words) from bad
         skipped[bad.kind] += 1
         return None
 

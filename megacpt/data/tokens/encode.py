@@ -37,14 +37,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Tokens of a block: per key, the bytes for `.bin` and int32 [documents] lengths; and what it took.
+    """Tokens of a block: per key, [tokens] as in `.bin` and int32 [documents] lengths; and what it took.
 
     Attributes:
         skipped: rows dropped, by kind.
         digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
     """
 
-    tokens: list[bytes]
+    tokens: list[np.ndarray]
     lengths: list[np.ndarray]
     skipped: Counter[str]
     consumed: int
@@ -53,12 +53,13 @@ class EncodedBlock:
 
 
 def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
-    """Parse and encode one block.
+    """Load, parse and encode one block.
 
     Raises:
         UserError: a bad row, unless they are to be skipped.
     """
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
+    block = block.loaded()
     skipped: Counter[str] = Counter()
     columns = kept_columns(block, encoding.keys, encoding.filters, skipped)
     digests = None if encoding.dedup == "none" else digests_of(columns[0])
@@ -68,7 +69,7 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
         if encoding.append_eod:
             assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
             ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
-        tokens.append(ids.astype(dtype).tobytes())
+        tokens.append(ids.astype(dtype))
         lengths.append(sizes)
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)
 

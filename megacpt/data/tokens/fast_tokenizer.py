@@ -10,6 +10,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,12 @@ class FastTokenizer:
             difference = self._difference(texts, False) or self._difference(SAMPLES, True)
         if difference:
             raise Unsuited(difference)
+
+    def settled(self) -> "FastTokenizer":
+        """The same for a process that may not choose: to it a difference is an error."""
+        other = copy(self)
+        other._may_fall_back = False
+        return other
 
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return self.encode_flat([text], add_special_tokens)[0]

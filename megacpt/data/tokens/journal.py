@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megacpt.data.text.documents import Place, Source
+from megacpt.data.text.documents import Source
 from megacpt.data.text.filtering import FILTERED
 from megacpt.data.text.provenance import InputFile
 
@@ -23,7 +23,7 @@ class Position:
     Attributes:
         tokens: written so far, of each key.
         inputs: input files (of this job's share) that are done.
-        place: first row of the next file that is not done; None for where the share of that file begins.
+        place: offset in the next file of the first row that is not done; None for where the share of that file begins.
         start, stop: [file, offset] of the share's first row, and of the row after its last file done, once known.
         counts: rows dropped so far, by kind.
         consumed, text: bytes of the input files, and of text, so far.
@@ -31,7 +31,7 @@ class Position:
 
     tokens: list[int]
     inputs: int = 0
-    place: Place | None = None
+    place: int | None = None
     start: list[int] | None = None
     stop: list[int] | None = None
     documents: int = 0
@@ -102,8 +102,7 @@ def _take(journal: Journal, note: dict[str, Any], sources: Sequence[Source]) -> 
     if "sha256" in note:
         source = sources[_number(note)]
         journal.records.append(InputFile(source.path.name, source.size, note["sha256"]))
-    place = note["position"]["place"]
-    journal.position = Position(**{**note["position"], "place": place and Place(**place)})
+    journal.position = Position(**note["position"])
     journal.notes = [*(old for old in journal.notes if "sha256" in old), note]
 
 

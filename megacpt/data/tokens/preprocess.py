@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,31 +78,32 @@ def preprocess(job: Job) -> dict[str, Manifest]:
     paths = find_inputs(job.inputs)
     first_input, sources = share(paths, job.shard)
     tokenizer = _open_tokenizer(job.encoding)
-    encode = _encoder(job, tokenizer)
     prefixes = [f"{job.output_prefix}_{key}_document{job.shard.suffix}" for key in job.encoding.keys]
     datasets = [Dataset(key, prefix) for key, prefix in zip(job.encoding.keys, prefixes, strict=True)]
     common, identity = _identity(job, tokenizer, paths)
     folder = Path(prefixes[0]).with_name(f".{Path(prefixes[0]).name}.partial")
-    work = Work(folder, identity, sources, [bin_path(prefix) for prefix in prefixes], job.encoding.skip_invalid)
-    try:
-        if not work.finishing:
-            for prefix in prefixes:
-                clear_the_way(prefix, job.overwrite)
-        _announce(work, sources)
-        work.open()
-        if not work.finishing:
-            with held_back() as check:
-                stream(work, sources, first_input, job.encoding, encode, Reporting(job.log_interval, check))
-        manifests = finish(
-            work, datasets, _filled_in(replace(common, engine=tokenizer.engine), work, job, identity, first_input)
-        )
-    except BaseException as error:
-        kept = _give_up(work, sources, error)
-        if kept and isinstance(error, UserError | KeyboardInterrupt):
-            raise type(error)(f"{error or 'interrupted'} ({kept})") from error
-        raise
-    work.remove()
-    return manifests
+    # Processes of its own start before the work folder is locked.
+    with _encoder(job, tokenizer) as encode:
+        work = Work(folder, identity, sources, [bin_path(prefix) for prefix in prefixes], job.encoding.skip_invalid)
+        try:
+            if not work.finishing:
+                for prefix in prefixes:
+                    clear_the_way(prefix, job.overwrite)
+            _announce(work, sources)
+            work.open()
+            if not work.finishing:
+                with held_back() as check:
+                    stream(work, sources, first_input, job.encoding, encode, Reporting(job.log_interval, check))
+            manifests = finish(
+                work, datasets, _filled_in(replace(common, engine=tokenizer.engine), work, job, identity, first_input)
+            )
+        except BaseException as error:
+            kept = _give_up(work, sources, error)
+            if kept and isinstance(error, UserError | KeyboardInterrupt):
+                raise type(error)(f"{error or 'interrupted'} ({kept})") from error
+            raise
+        work.remove()
+        return manifests
 
 
 def _check(job: Job) -> None:
@@ -126,15 +127,14 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
     return tokenizer
 
 
-def _encoder(job: Job, tokenizer: Tokenizer) -> Encode:
-    if job.engine == "local" and job.workers in (None, 1):
-        return encode_here(job.encoding, tokenizer)
-    # Every process encodes with the engine that was found here, or stops.
-    encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
+def _encoder(job: Job, tokenizer: Tokenizer) -> AbstractContextManager[Encode]:
     if job.engine == "ray":
-        return encode_on_ray(encoding, tokenizer.sha256, job.workers)
+        encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
+        return nullcontext(encode_on_ray(encoding, tokenizer.sha256, job.workers))
+    if job.workers in (None, 1):
+        return nullcontext(encode_here(job.encoding, tokenizer))
     assert job.workers is not None
-    return encode_in_processes(encoding, job.workers)
+    return encode_in_processes(job.encoding, tokenizer, job.workers)
 
 
 def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Manifest, dict[str, Any]]:

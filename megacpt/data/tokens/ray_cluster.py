@@ -3,11 +3,13 @@
 import os
 import socket
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from megacpt.data.text.documents import Block
+from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.encode import EncodedBlock, Encoding, encode_block
 from megacpt.data.tokens.fast_tokenizer import open_tokenizer
 from megacpt.data.tokens.tokenizer import Tokenizer
@@ -78,17 +80,19 @@ def _in_order(
 ) -> Iterator[EncodedBlock]:
     tasks = TASKS_PER_CPU * min(workers or 1 << 30, int(ray.cluster_resources().get("CPU", 1)))
     encode = ray.remote(num_cpus=1)(_encode)
-    pending: deque[tuple[Any, int]] = deque()
+    pending: deque[tuple[Any, list[Block], int]] = deque()
     waiting = 0
     for group, size in _grouped(blocks):
-        pending.append((encode.remote(group, encoding, sha256), size))
+        task = encode.remote([block.loaded() for block in group], encoding, sha256)
+        pending.append((task, [replace(block, lines=b"", columns=None) for block in group], size))
         waiting += size
         while len(pending) >= tasks or waiting > 2 * tasks * TASK_BYTES:
-            task, size = pending.popleft()
+            task, group, size = pending.popleft()
             waiting -= size
-            yield from _result(ray, task)
+            yield from _result(ray, task, group)
     while pending:
-        yield from _result(ray, pending.popleft()[0])
+        task, group, _ = pending.popleft()
+        yield from _result(ray, task, group)
 
 
 def _grouped(blocks: Iterable[Block]) -> Iterator[tuple[list[Block], int]]:
@@ -105,16 +109,17 @@ def _grouped(blocks: Iterable[Block]) -> Iterator[tuple[list[Block], int]]:
         yield group, size
 
 
-def _result(ray: Any, task: Any) -> list[EncodedBlock]:
+def _result(ray: Any, task: Any, group: Sequence[Block]) -> list[EncodedBlock]:
+    """What became of the blocks, of which `group` says where they were."""
     try:
-        found = ray.get(task)
+        found, error = ray.get(task)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"--engine ray: a task was lost for good ({reason}); run the same command again") from error
-    if isinstance(found, str):
-        raise UserError(found)
+    if error is not None:
+        raise error.named(group[len(found)]) if isinstance(error, WrongRow) else error
     return found
 
 
@@ -122,13 +127,17 @@ def _result(ray: Any, task: Any) -> list[EncodedBlock]:
 _loaded = cache(open_tokenizer)
 
 
-def _encode(blocks: list[Block], encoding: Encoding, sha256: str) -> list[EncodedBlock] | str:
-    """The blocks encoded, or the words for a user."""
+def _encode(blocks: list[Block], encoding: Encoding, sha256: str) -> tuple[list[EncodedBlock], UserError | None]:
+    """The blocks encoded; or those before an error for the user, which would arrive wrapped in Ray's own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    done: list[EncodedBlock] = []
     try:
         tokenizer: Tokenizer = _loaded(encoding.tokenizer_type, encoding.tokenizer_model, encoding.engine)
         if tokenizer.sha256 != sha256:
-            return f"{encoding.tokenizer_model}: is another tokenizer on the node {os.uname().nodename}; copy it there"
-        return [encode_block(block, encoding, tokenizer) for block in blocks]
+            node = os.uname().nodename
+            raise UserError(f"{encoding.tokenizer_model}: is another tokenizer on the node {node}; copy it there")
+        for block in blocks:
+            done.append(encode_block(block, encoding, tokenizer))
     except UserError as error:
-        return str(error)
+        return done, error
+    return done, None

@@ -10,6 +10,7 @@ import numpy as np
 
 from megacpt.data.text.documents import Block, Source
 from megacpt.data.text.filtering import DUPLICATES, DigestSet
+from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.encode import EncodedBlock, Encoding
 from megacpt.data.tokens.progress import Progress, Totals
 from megacpt.data.tokens.work import Work
@@ -46,7 +47,7 @@ def stream(
     def blocks() -> Iterator[Block]:
         start = work.position.place
         for source in sources[work.position.inputs :]:
-            for block in source.blocks(encoding.keys, start):
+            for block in source.pieces(encoding.keys, start):
                 read.append((source, block))
                 yield block
             read.append((source, None))
@@ -62,7 +63,7 @@ def stream(
 
     reading = blocks()
     progress = Progress(sum(source.part_size for source in sources), reporting.log_interval, _totals(work))
-    with closing(progress), closing(encode(reading)) as encoded, _damage_before_bad_rows(reading, read):
+    with closing(progress), closing(encode(reading)) as encoded, _name_what_is_wrong(reading, read):
         for result in encoded:
             found = next_block()
             assert found is not None
@@ -75,16 +76,18 @@ def stream(
 
 
 @contextmanager
-def _damage_before_bad_rows(reading: Iterator[Block], read: deque[tuple[Source, Block | None]]) -> Iterator[None]:
-    """Name a packed file that is damaged rather than the garbage rows that come out of it before that is noticed."""
+def _name_what_is_wrong(reading: Iterator[Block], read: deque[tuple[Source, Block | None]]) -> Iterator[None]:
+    """Name a bad row by its line, and a damaged packed file rather than the garbage rows that come out of it before."""
     try:
         yield
-    except UserError:
-        source = next((source for source, block in read if block is not None), None)
+    except UserError as error:
+        source, wrong = next(((source, block) for source, block in read if block is not None), (None, None))
         if source is not None and source.packed:
             for _ in islice(reading, BLOCKS_AHEAD):
                 if read[-1][0] is not source:
                     break
+        if isinstance(error, WrongRow) and wrong is not None:
+            raise error.named(wrong) from error
         raise
 
 
@@ -108,14 +111,6 @@ def _first_of_each(block: EncodedBlock, seen: DigestSet) -> EncodedBlock:
         return block
     skipped = block.skipped.copy()
     skipped[DUPLICATES] += int((~new).sum())
-    tokens = [kept_tokens(part, lengths, new) for part, lengths in zip(block.tokens, block.lengths, strict=True)]
+    tokens = [part[np.repeat(new, lengths)] for part, lengths in zip(block.tokens, block.lengths, strict=True)]
     lengths = [part[new] for part in block.lengths]
     return replace(block, tokens=tokens, lengths=lengths, skipped=skipped, digests=block.digests[new])
-
-
-def kept_tokens(tokens: bytes, lengths: np.ndarray, kept: np.ndarray) -> bytes:
-    """Of documents of `lengths` [N] tokens back to back, those that are `kept` (bool [N])."""
-    total = int(lengths.sum())
-    if not total:
-        return b""
-    return np.frombuffer(tokens, dtype=f"V{len(tokens) // total}")[np.repeat(kept, lengths)].tobytes()

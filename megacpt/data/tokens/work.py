@@ -134,10 +134,10 @@ class Work:
         """Add an encoded block, the next one of the inputs."""
         with disk_errors(self.folder):
             for key, (tokens, lengths) in enumerate(zip(encoded.tokens, encoded.lengths, strict=True)):
-                self._files[f"{key}.bin"].write(tokens)
-                self._files[f"{key}.lengths"].write(lengths.astype("<i4").tobytes())
+                self._files[f"{key}.bin"].write(tokens.data)
+                self._files[f"{key}.lengths"].write(lengths.astype("<i4", copy=False).data)
             if encoded.digests is not None:
-                self._files["digests"].write(encoded.digests.tobytes())
+                self._files["digests"].write(encoded.digests.data)
         position = self.position
         position.tokens = [n + int(part.sum()) for n, part in zip(position.tokens, encoded.lengths, strict=True)]
         position.documents += len(encoded.lengths[0])
