@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.indexed import write_dataset
+from megacpt.data.tokens.indexed import write_dataset
 from megacpt.runtime.setup import setup
 from megacpt.train.build import build_job
 from megacpt.train.job import Job

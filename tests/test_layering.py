@@ -19,8 +19,11 @@ LAYERS = (
     ("megacpt.data", "megacpt.model"),
     ("megacpt.eval",),
     ("megacpt.train",),
+    ("megacpt.bench", "megacpt.report"),
     ("tools",),
 )
+DATA = ("keyed", "text", "tokens", "scores", "subset", "mixture", "samples")
+"""What stands in megacpt/data, in the order in which data flows."""
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 OPTIONAL = {
     "accelerate",
@@ -122,6 +125,17 @@ def upward_or_sideways(imports: dict[str, list[Import]]) -> list[str]:
     return wrong
 
 
+def data_flows_back(imports: dict[str, list[Import]]) -> list[str]:
+    wrong = []
+    for entry in (entry for entries in imports.values() for entry in entries):
+        here, there = (module.split(".")[2:3] for module in (entry.module, entry.target))
+        both = within(entry.module, "megacpt.data") and within(entry.target, "megacpt.data")
+        known = [DATA.index(name) for name in (*here, *there) if name in DATA]
+        if both and len(known) == 2 and known[1] > known[0]:
+            wrong.append(f"{entry}: {there[0]} comes after {here[0]}")
+    return wrong
+
+
 def kernels_know_us(imports: dict[str, list[Import]]) -> list[str]:
     entries = (e for m, found in imports.items() if within(m, "megacpt_kernels") for e in found)
     return [str(e) for e in entries if within(e.target, "megacpt") or within(e.target, "megatron")]
@@ -167,6 +181,7 @@ def cycles(imports: dict[str, list[Import]]) -> list[str]:
 Rule = Callable[[dict[str, list[Import]]], list[str]]
 RULES: list[Rule] = [
     upward_or_sideways,
+    data_flows_back,
     kernels_know_us,
     data_knows_process_groups,
     data_files_that_load_torch,
@@ -184,7 +199,10 @@ def test_the_sources_keep_the_rule(rule: Rule) -> None:
 
 
 def test_every_source_file_belongs_to_a_layer() -> None:
-    assert [module for module in read_imports(REPOSITORY) if module != "megacpt" and not part_of(module)] == []
+    modules = read_imports(REPOSITORY)
+    assert [module for module in modules if module != "megacpt" and not part_of(module)] == []
+    inside = [module.split(".")[2] for module in modules if module.startswith("megacpt.data.")]
+    assert set(inside) == set(DATA)
 
 
 BREACHES: list[tuple[Rule, dict[str, str]]] = [
@@ -194,6 +212,8 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (upward_or_sideways, {"megacpt/__init__.py": "from megacpt.errors import UserError"}),
     (upward_or_sideways, {"megacpt/errors.py": "from megacpt import files"}),
     (upward_or_sideways, {"tools/a.py": "import b", "tools/b.py": ""}),
+    (data_flows_back, {"megacpt/data/text/a.py": "from megacpt.data.tokens.b import c"}),
+    (data_flows_back, {"megacpt/data/subset/a.py": "def f():\n    import megacpt.data.mixture.mixture.b"}),
     (kernels_know_us, {"kernels/a.py": "from megacpt.errors import UserError"}),
     (kernels_know_us, {"kernels/a.py": "def f():\n    import megatron.core"}),
     (data_knows_process_groups, {"megacpt/data/a.py": "import torch\nx = torch.distributed.get_rank"}),
@@ -210,7 +230,7 @@ ALLOWED = {
     "megacpt/errors.py": "",
     "megacpt/runtime/cpu.py": "from megacpt.errors import UserError",
     "megacpt/runtime/start.py": "import torch.distributed\ndef f():\n    from megacpt.runtime import cpu",
-    "megacpt/data/batches.py": "import torch\nfrom megacpt.errors import UserError",
+    "megacpt/data/samples/batches.py": "import torch\nfrom megacpt.errors import UserError",
     "megacpt/data/other.py": "def f():\n    import torch",
     "megacpt/model/spec.py": "try:\n    import apex\nexcept ImportError:\n    apex = None\nimport megacpt_kernels.a",
     "kernels/a.py": "import triton",

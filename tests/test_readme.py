@@ -110,5 +110,11 @@ def test_a_tree_is_read_by_indent() -> None:
 
 
 def test_what_a_tree_must_list() -> None:
-    tracked = ["README.md", "megacpt/__init__.py", "megacpt/data/indexed.py", "tests/data/test_x.py"]
-    assert expected_entries(tracked) == {"README.md", "megacpt/", "megacpt/data/", "megacpt/data/indexed.py", "tests/"}
+    tracked = ["README.md", "megacpt/__init__.py", "megacpt/data/a.py", "tests/data/test_x.py"]
+    assert expected_entries(tracked) == {
+        "README.md",
+        "megacpt/",
+        "megacpt/data/",
+        "megacpt/data/a.py",
+        "tests/",
+    }

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megacpt.data.merge import merge
+from megacpt.data.tokens.merge import merge
 from megacpt.errors import UserError
 
 

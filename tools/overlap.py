@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megacpt.data.documents import find_inputs
-from megacpt.data.filtering import iter_documents
-from megacpt.data.manifest import Filters
-from megacpt.data.overlap import NGRAM, EvalOverlap, Evaluation
+from megacpt.data.scores.overlap import NGRAM, EvalOverlap, Evaluation
+from megacpt.data.text.documents import find_inputs
+from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.config.load import load_config
-from megacpt.data.ledger import Entry, ledger, ledger_table, table
+from megacpt.data.mixture.ledger import Entry, ledger, ledger_table, table
 from megacpt.errors import UserError
 from megacpt.files import write_json
 
@@ -36,7 +36,7 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """
     # Late: a wrong key should be told before torch is loaded.
     config = load_config(options.config, options.overrides)
-    from megacpt.data.blended import SourceStream
+    from megacpt.data.samples.blended import SourceStream
     from megacpt.runtime.setup import quiet_third_parties
 
     quiet_third_parties()

@@ -8,13 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megacpt.data.encode import Encoding
-from megacpt.data.fast_tokenizer import ENGINES as TOKENIZER_ENGINES
-from megacpt.data.filtering import DEDUP
-from megacpt.data.manifest import Manifest
-from megacpt.data.preprocess import ENGINES, Job, preprocess
-from megacpt.data.shards import WHOLE, parse_shard
-from megacpt.data.tokenizer import TOKENIZER_TYPES
+from megacpt.data.text.filtering import DEDUP
+from megacpt.data.tokens.encode import Encoding
+from megacpt.data.tokens.fast_tokenizer import ENGINES as TOKENIZER_ENGINES
+from megacpt.data.tokens.manifest import Manifest
+from megacpt.data.tokens.preprocess import ENGINES, Job, preprocess
+from megacpt.data.tokens.shards import WHOLE, parse_shard
+from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES
 from megacpt.errors import UserError
 
 

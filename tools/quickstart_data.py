@@ -109,7 +109,8 @@ def write_splits(
     name: str, documents: Iterable[Document], folder: Path, valid_percent: int, reference_percent: int = 0
 ) -> None:
     """Write NAME.train.jsonl, NAME.valid.jsonl and, if asked for, NAME.reference.jsonl; print what they hold."""
-    splits: dict[str, list[Document]] = {"train": [], "valid": []} | ({"reference": []} if reference_percent else {})
+    names = ["train", "valid", *(["reference"] if reference_percent else [])]
+    splits: dict[str, list[Document]] = {name: [] for name in names}
     for document in documents:
         number = place(document.id)
         if number < valid_percent:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megacpt.data.corpora import Corpus, TextFiles, TokenDataset
-from megacpt.data.filtering import DEDUP
-from megacpt.data.histogram import plot_scores
-from megacpt.data.manifest import Filters
-from megacpt.data.normalize import Normalization, spelled_normalization
-from megacpt.data.pool import ENGINES
-from megacpt.data.score_run import ScoreJob, score
-from megacpt.data.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
-from megacpt.data.scores import ScoresManifest, map_values
-from megacpt.data.scoring import ScorerSpec
+from megacpt.data.scores.corpora import Corpus, TextFiles, TokenDataset
+from megacpt.data.scores.histogram import plot_scores
+from megacpt.data.scores.normalize import Normalization, spelled_normalization
+from megacpt.data.scores.pool import ENGINES
+from megacpt.data.scores.score_run import ScoreJob, score
+from megacpt.data.scores.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
+from megacpt.data.scores.scores import ScoresManifest, map_values
+from megacpt.data.scores.scoring import ScorerSpec
+from megacpt.data.text.filtering import DEDUP
+from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
 
 

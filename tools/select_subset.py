@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from megacpt.config.quantity import parse_count, parse_share
-from megacpt.data.histogram import plot_scores
-from megacpt.data.select_run import Selected, SelectJob, select
-from megacpt.data.selection import ORDERS
+from megacpt.data.scores.histogram import plot_scores
+from megacpt.data.subset.select_run import Selected, SelectJob, select
+from megacpt.data.subset.selection import ORDERS
 from megacpt.errors import UserError
 
 

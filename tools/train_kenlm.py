@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megacpt.data.filtering import DEDUP
-from megacpt.data.kenlm_model import ModelRecord
-from megacpt.data.kenlm_train import STRUCTURES, TRAINERS, TrainJob, train
-from megacpt.data.manifest import Filters
-from megacpt.data.normalize import PUNCTUATION, Normalization
-from megacpt.data.overlap import NGRAM, EvalOverlap
+from megacpt.data.scores.kenlm_model import ModelRecord
+from megacpt.data.scores.kenlm_train import STRUCTURES, TRAINERS, TrainJob, train
+from megacpt.data.scores.normalize import PUNCTUATION, Normalization
+from megacpt.data.scores.overlap import NGRAM, EvalOverlap
+from megacpt.data.text.filtering import DEDUP
+from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
 
 

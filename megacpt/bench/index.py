@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.data.blended import BlendedDataset, Corpus
-from megacpt.data.indexed import bin_path, idx_path, write_index
-from megacpt.data.mixture import Course, Passes, Source
-from megacpt.data.solve import solve
+from megacpt.data.mixture.mixture import Course, Passes, Source
+from megacpt.data.mixture.solve import solve
+from megacpt.data.samples.blended import BlendedDataset, Corpus
+from megacpt.data.tokens.indexed import bin_path, idx_path, write_index
 from megacpt.files import make_folder
 
 SEQ_LENGTH = 8192

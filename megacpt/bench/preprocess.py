@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.data.indexed import bin_path
+from megacpt.data.tokens.indexed import bin_path
 from megacpt.errors import UserError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

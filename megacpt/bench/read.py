@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.data.blended import Corpus, SourceStream
+from megacpt.data.samples.blended import Corpus, SourceStream
 
 SECONDS = 3.0
 

@@ -5,11 +5,11 @@ from itertools import batched
 from pathlib import Path
 
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.data.filtering import iter_documents
-from megacpt.data.kenlm_build import import_kenlm
-from megacpt.data.kenlm_model import PerplexityScorer, check_model
-from megacpt.data.manifest import Filters
-from megacpt.data.normalize import normalizer
+from megacpt.data.scores.kenlm_build import import_kenlm
+from megacpt.data.scores.kenlm_model import PerplexityScorer, check_model
+from megacpt.data.scores.normalize import normalizer
+from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.provenance import Filters
 
 BATCH = 64
 

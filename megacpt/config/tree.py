@@ -124,7 +124,7 @@ class Source(Section):
 
 
 class Mixture(Section):
-    """Shares by name, and passes of the mixture; see megacpt/data/recipe.py."""
+    """Shares by name, and passes of the mixture; see megacpt/data/mixture/recipe.py."""
 
     preset: Literal["llama1", "redpajama", "slimpajama", "olmo2"] | None = Field(
         None, description="rates of a published pre-training mixture, by its sources' names"
@@ -222,12 +222,19 @@ class Schedule(Section):
 
 
 class Eval(Section):
-    """Validation on named held-out sets, at chosen steps and then regularly."""
+    """Validation on named held-out sets, and tasks, at chosen steps and then regularly."""
 
     sets: dict[str, str] = Field({}, description="name: dataset prefix")
     at: list[NonNegativeInt] = Field([0], description="steps after which to validate; 0 is before the first")
     every: PositiveInt | None = Field(None, description="and every so many steps, and at the end")
     iters: PositiveInt | None = Field(None, description="global batches per set; null: the whole set")
+    tasks: list[str] = Field([], description="tasks of lm_eval, and suites (megacpt/eval/suites.py), by name")
+    task_data: str | None = Field(None, description="folder of TASK.jsonl[.gz]; null: MEGACPT_TASK_DATA")
+    task_limit: PositiveInt | None = Field(None, description="the first so many items of each task; null: all")
+    tasks_at: list[NonNegativeInt] | None = Field(None, description="steps after which to run tasks; null: eval.at")
+    tasks_every: PositiveInt | None = Field(
+        None, description="and every so many steps, and at the end; null: eval.every"
+    )
 
 
 class WeightUpdate(Section):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import EvalSet
-from megacpt.data.manifest import read_manifest
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import EvalSet
+from megacpt.data.tokens.manifest import read_manifest
 from megacpt.errors import UserError
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.model.score import gather_samples, score_micro_batches

@@ -51,14 +51,28 @@ class LanguageModel(GPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Cross-entropy per token, [b, s] fp32, from vocabulary-parallel logits [s, b, v/TP], padding excluded."""
-        return super().compute_language_model_loss(labels, self._mask_padding(logits))
+        return super().compute_language_model_loss(labels, self.mask_padding(logits))
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Losses [b, s] with labels; without, logits [b, s, v/TP] with padding at minus infinity."""
-        output = super().forward(*args, labels=labels, **kwargs)
-        return self._mask_padding(output) if self.post_process and labels is None else output
+        """Losses [b, s] with labels; without, logits [b, s, v/TP] with padding at minus infinity.
 
-    def _mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        megatron-core's `output_processor` takes the place of the head; masking the padding is then its own affair.
+        """
+        output = super().forward(*args, labels=labels, **kwargs)
+        is_logits = self.post_process and labels is None and kwargs.get("output_processor") is None
+        return self.mask_padding(output) if is_logits else output
+
+    def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel logits [..., v/TP] with padding at minus infinity, in place."""
         if self.real_rows < logits.shape[-1]:
             logits[..., self.real_rows :] = float("-inf")
         return logits
+
+
+def unwrap(module: torch.nn.Module) -> LanguageModel:
+    """The model inside a DistributedDataParallel, or the module itself."""
+    while not isinstance(module, LanguageModel):
+        inner = module.module
+        assert isinstance(inner, torch.nn.Module)
+        module = inner
+    return module

@@ -6,8 +6,8 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, stage_reads_batches
@@ -20,6 +20,7 @@ from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
 from megacpt.train.start import base_weights, initial_weights
+from megacpt.train.tasks import build_tasks
 
 
 def build_job(plan: Plan, rank: Rank) -> Job:
@@ -66,6 +67,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         watch=watch,
         ended=plan.ended,
         base=base,
+        tasks=build_tasks(plan, is_first=rank.is_first),
     )
 
 

@@ -57,7 +57,7 @@ class TrainState:
         interval: sums since the last log line: {"sums": [[loss by source], [tokens by source]], "steps": n}.
         mixture: the mixture's fingerprint; its start and offsets say where it began.
         samples_by_source, tokens_by_source: samples and target tokens seen, by name.
-        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.Start`).
+        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.mixture.Start`).
         identity: what a resumed run must share: architecture, vocabulary, tokenizer, precision, frozen layers.
         layout: ranks and threads; another layout resumes, within rounding.
     """

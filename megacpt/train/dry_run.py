@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
-from megacpt.data.ledger import table
-from megacpt.data.table import aligned
+from megacpt.data.mixture.ledger import table
+from megacpt.data.mixture.table import aligned
 from megacpt.train.activations import stage_activations
 from megacpt.train.memory import Setting, base_weights_bytes, checkpoint_bytes, stage_state
 from megacpt.train.plan import Plan, fingerprint

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.config.load import dump_config
-from megacpt.data.batches import BatchLayout
+from megacpt.data.samples.batches import BatchLayout
 from megacpt.errors import UserError
 from megacpt.eval.validation import EvaluationFailed, evaluate
 from megacpt.model.forward import Batch, run_batches
@@ -32,6 +32,7 @@ from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress
 from megacpt.train.rows import Row
 from megacpt.train.shares import gather_parameters
+from megacpt.train.tasks import Tasks
 from megacpt.train.weight_update import BaseWeights, weight_update
 
 
@@ -58,6 +59,7 @@ class Job:
     watch: Watch | None = None
     ended: Ended | None = None
     base: BaseWeights | None = None
+    tasks: Tasks | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -167,8 +169,21 @@ class Job:
         self.progress.interval_began += time.perf_counter() - began
 
     def evaluate(self) -> Verdict:
-        """Validate on every named set, log the rows, and judge them; its time is not the training steps'."""
-        began = time.perf_counter()
+        """Do the evaluations that are due, log their rows, and judge them; their time is not the training steps'."""
+        iteration, began = self.progress.iteration, time.perf_counter()
+        validates, tasks = self.plan.evaluates_after(iteration), self.plan.runs_tasks_after(iteration)
+        if validates:
+            self._validate()
+        if tasks:
+            assert self.tasks is not None, "the plan runs tasks"
+            for row in self.tasks.run(self.wrapped, iteration):
+                if self.log is not None:
+                    self.log.evaluation(self._here() | row)
+        verdict = self._judge() if validates or tasks else Verdict()
+        self.progress.interval_began += time.perf_counter() - began
+        return verdict
+
+    def _validate(self) -> None:
         config = self.plan.config
         for name, eval_set in self.plan.eval_sets.items():
             try:
@@ -189,9 +204,6 @@ class Job:
                 self.log.validation(self._here() | row)
             else:
                 self._report(row)
-        verdict = self._judge()
-        self.progress.interval_began += time.perf_counter() - began
-        return verdict
 
     def _judge(self) -> Verdict:
         if self.plan.config.guard is None and self.plan.config.save.best is None:

@@ -10,7 +10,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from megacpt.data.blended import EvalSet
+from megacpt.data.samples.blended import EvalSet
+from megacpt.eval.results import line_of
 from megacpt.eval.validation import Validation, bits_per_byte
 from megacpt.files import disk_errors, write_text
 from megacpt.train.rows import Row, diagnostic_line, diagnostic_scalars, is_evaluation
@@ -121,6 +122,9 @@ def scalars(row: Row) -> dict[str, float]:
         values = {tag: row["loss"], f"{tag} ppl": row["ppl"]}
         values |= {accuracy: row["accuracy"]} if "accuracy" in row else {}
         return values | {f"{name} vs samples": value for name, value in values.items()}
+    if "task" in row or "suite" in row:
+        name = f"tasks/{row['task']}/{row['metric']}" if "task" in row else f"suites/{row['suite']}"
+        return {} if row["value"] is None else {name: row["value"]}
     if "lm_loss" not in row:
         return diagnostic_scalars(row)
     values = {
@@ -178,6 +182,11 @@ class MetricsLog:
         """Log a validation row."""
         self._write(row)
         self.say(validation_line(row))
+
+    def evaluation(self, row: Row) -> None:
+        """Log a row of a task, of a suite, or of one that failed."""
+        self._write(row)
+        self.say(f" iteration {row['iteration']} | {line_of(row)}")
 
     def diagnostic(self, row: Row) -> None:
         """Log a row of `megacpt.train.rows`: a failed evaluation, a diagnostic, the guard."""

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 from megacpt.config.tree import Config, Data, Phase
 from megacpt.config.tree import Source as SourceSection
-from megacpt.data.blended import Corpus
-from megacpt.data.continuation import continuation, differences, start_of
-from megacpt.data.mixture import Budget, Course, Mixture, Passes, Shift, Source, Start
-from megacpt.data.recipe import Recipe, named_blend, shares
-from megacpt.data.solve import solve
+from megacpt.data.mixture.continuation import continuation, differences, start_of
+from megacpt.data.mixture.mixture import Budget, Course, Mixture, Passes, Shift, Source, Start
+from megacpt.data.mixture.recipe import Recipe, named_blend, shares
+from megacpt.data.mixture.solve import solve
+from megacpt.data.samples.blended import Corpus
 from megacpt.errors import UserError
 from megacpt.train.plan import Resume
 from megacpt.train.schedule import LRSchedule
@@ -120,6 +120,7 @@ def _solve(
     ]
     passes = None
     if data.mixture.passes is not None and data.mixture.pass_tokens is not None:
+        _check_sum("data.sources", weights)
         passes = Passes((2 * data.mixture.pass_tokens + size) // (2 * size), data.mixture.passes)
     budget = Budget(train.train_iters, train.train_samples, train.train_tokens)
     mixture = solve(sources, size, train.global_batch_size, train.seed, budget, start, Course(passes))
@@ -137,10 +138,20 @@ def _solve(
             raise UserError(f"{where} begins at sample {sample:,}, not after the phase before it; put them in order")
         if sample >= mixture.start.sample + mixture.samples:
             notes.append(f"{where} begins at sample {sample:,}, after the end of the mixture: it never does")
+        if passes is not None and phase.weights is not None:
+            _check_sum(f"{where}.weights", phase.weights)
         changed = phase.weights or shares(replace(recipe, replay=phase.replay), own, tokens)
         shifts.append(Shift(sample, {name: changed.get(name) or 0.0 for name in named}))
     course = Course(passes, tuple(shifts))
     return solve(sources, size, train.global_batch_size, train.seed, budget, start, course), tuple(notes)
+
+
+def _check_sum(where: str, weights: Mapping[str, float | None]) -> None:
+    """Refuse shares of a pass that are not all of it."""
+    whole = sum((Fraction(str(weight or 0)) for weight in weights.values()), Fraction(0))
+    if abs(whole - 1) > Fraction(1, 10**6):
+        parts = " + ".join(f"{name} {weight or 0:g}" for name, weight in weights.items())
+        raise UserError(f"{where}: the shares of a pass sum to {float(whole):g} ({parts}); make them sum to 1")
 
 
 def _begin(where: str, phase: Phase, mixture: Mixture, schedule: LRSchedule) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megacpt.config.architecture import Architecture, Base
-from megacpt.data.tokenizer import Tokenizer, load_tokenizer
+from megacpt.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from megacpt.errors import UserError
 from megacpt.files import write_json
 from megacpt.model.hf.companions import copy_companions

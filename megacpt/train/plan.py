@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config
-from megacpt.data.blended import Corpus, EvalSet
-from megacpt.data.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.samples.blended import Corpus, EvalSet
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
 from megacpt.train.guard import Ended
@@ -54,6 +54,7 @@ class Plan:
     origin: Origin | None = None
     notes: tuple[str, ...] = ()
     ended: Ended | None = None
+    absent_tasks: tuple[str, ...] = ()
 
     @property
     def first_iteration(self) -> int:
@@ -77,12 +78,17 @@ class Plan:
     def evaluates_after(self, iteration: int) -> bool:
         """Whether the named sets are evaluated once `iteration` is finished (0: before the first)."""
         settings = self.config.eval
-        if not settings.sets:
-            return False
-        regular = settings.every is not None and iteration > 0
-        return iteration in settings.at or (
-            regular and (iteration % (settings.every or 1) == 0 or iteration == self.last_iteration)
-        )
+        return bool(settings.sets) and self._is_due(iteration, settings.at, settings.every)
+
+    def runs_tasks_after(self, iteration: int) -> bool:
+        """Whether the tasks are run once `iteration` is finished."""
+        settings = self.config.eval
+        at = settings.at if settings.tasks_at is None else settings.tasks_at
+        return bool(settings.tasks) and self._is_due(iteration, at, settings.tasks_every or settings.every)
+
+    def _is_due(self, iteration: int, at: Sequence[int], every: int | None) -> bool:
+        regular = every is not None and iteration > 0
+        return iteration in at or (regular and (iteration % (every or 1) == 0 or iteration == self.last_iteration))
 
     @property
     def measures_weights(self) -> bool:

@@ -8,11 +8,11 @@ import torch
 from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
 from megacpt.config.check import check_config, check_micro_batches
 from megacpt.config.tree import Config
-from megacpt.data.batches import BatchLayout
-from megacpt.data.blended import Corpus, EvalSet, SourceStream
-from megacpt.data.indexed import IndexedDataset, bin_path
-from megacpt.data.manifest import read_manifest
-from megacpt.data.tokenizer import load_tokenizer
+from megacpt.data.samples.batches import BatchLayout
+from megacpt.data.samples.blended import Corpus, EvalSet, SourceStream
+from megacpt.data.tokens.indexed import IndexedDataset, bin_path
+from megacpt.data.tokens.manifest import read_manifest
+from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
 from megacpt.model.hf.reference import require_transformers
@@ -25,6 +25,7 @@ from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.origin import Origin, find_tokenizer, open_hf, origin_of
 from megacpt.train.plan import Plan, Resume, Vocabulary
 from megacpt.train.schedule import LRSchedule
+from megacpt.train.tasks import check_task_settings
 
 SCAN_LIMIT = 256 << 20
 """Bytes of tokens up to which a dataset without a manifest is scanned for foreign tokens before training."""
@@ -84,6 +85,7 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         origin=origin,
         notes=(*notes, *more),
         ended=ended,
+        absent_tasks=check_task_settings(config, origin),
     )
     _check_identity(plan)
     _check_init(plan)

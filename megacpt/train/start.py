@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights

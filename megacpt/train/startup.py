@@ -1,6 +1,6 @@
 """What a run says when it starts."""
 
-from megacpt.data.ledger import table
+from megacpt.data.mixture.ledger import table
 from megacpt.model.build import slot_classes
 from megacpt.runtime.environment import describe_device, versions
 from megacpt.train.job import Job

@@ -96,6 +96,11 @@ eval.sets.NAME
 eval.at
 eval.every
 eval.iters
+eval.tasks
+eval.task_data
+eval.task_limit
+eval.tasks_at
+eval.tasks_every
 diagnostics.weight_update.at
 diagnostics.weight_update.every
 diagnostics.weight_update.layers

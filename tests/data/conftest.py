@@ -6,7 +6,7 @@ from itertools import count
 import numpy as np
 import pytest
 
-from megacpt.data.indexed import IndexedDataset, write_dataset
+from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megacpt.config.load import config_from
-from megacpt.data.blended import EvalSet, Sample
-from megacpt.data.indexed import IndexedDataset, write_dataset
+from megacpt.data.samples.blended import EvalSet, Sample
+from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
 from megacpt.eval.validation import Validation
 from megacpt.train.metrics import validation_row
 from tests.jobs import small_config, start, write_corpus

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megacpt.config.tree import Config
-from megacpt.data.batches import collate
-from megacpt.data.blended import Sample
+from megacpt.data.samples.batches import collate
+from megacpt.data.samples.blended import Sample
 from megacpt.model.forward import run_batches, stage_reads_batches
 from tests.jobs import NEOX, SEQ_LENGTH, VOCABULARY, Section, relative_difference, small_config, start, train_steps
 from tests.ranks import run_ranks

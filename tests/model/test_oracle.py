@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 
 from megacpt.config.architecture import Architecture, resolve_architecture
 from megacpt.config.tree import Config
-from megacpt.data.batches import collate
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import collate
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.train.plan import Plan
 from megacpt.train.planning import make_plan
 from tests.jobs import Section, relative_difference, small_config, start, step

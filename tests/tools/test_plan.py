@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from megacpt.config.load import load_config
-from megacpt.data.blended import BlendedDataset
-from megacpt.data.ledger import table
+from megacpt.data.mixture.ledger import table
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.train.planning import make_plan
 from tests.train import tiny
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megacpt.data.indexed import IndexedDataset
-from megacpt.data.manifest import read_manifest
+from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.manifest import read_manifest
 from megacpt.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def test_nothing_heavy_is_imported(tmp_path, models):
     done = run([sys.executable, "-c", script, *line[1:]])
     assert done.returncode == 0, done.stderr
     imported = set(done.stdout.splitlines()[-1].split())
-    assert "megacpt.data.preprocess" in imported
+    assert "megacpt.data.tokens.preprocess" in imported
     assert not imported & {"torch", "transformers", "megatron", "pyarrow", "tqdm", "ray"}
 
 
@@ -191,7 +191,7 @@ def test_a_killed_worker_ends_the_run(tmp_path, models):
 def noting_at_once(line):
     """The command, noting its position after every block and keeping its work however short the run."""
     script = (
-        "import runpy, sys, megacpt.data.work as work\nwork.SECONDS_BETWEEN_NOTES = 0.0\n"
+        "import runpy, sys, megacpt.data.tokens.work as work\nwork.SECONDS_BETWEEN_NOTES = 0.0\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     return [sys.executable, "-c", script, *line[1:]]

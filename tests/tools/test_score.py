@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacpt.data.indexed import IndexedDataset
-from megacpt.data.normalize import Normalization, normalizer
+from megacpt.data.scores.normalize import Normalization, normalizer
+from megacpt.data.tokens.indexed import IndexedDataset
 from tests.tools.conftest import TEXTS, Run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacpt.data.indexed import IndexedDataset
-from megacpt.data.manifest import read_manifest
-from megacpt.data.scores import read_manifest as read_scores_manifest
-from megacpt.data.scores import write_scores
-from megacpt.data.subset import open_subset
+from megacpt.data.scores.scores import read_manifest as read_scores_manifest
+from megacpt.data.scores.scores import write_scores
+from megacpt.data.subset.subset import open_subset
+from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.manifest import read_manifest
 from tests.tools.conftest import TEXTS, Run
 
 Refuse = Callable[..., None]

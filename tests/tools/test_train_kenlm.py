@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megacpt.data import kenlm_build
-from megacpt.data.kenlm_build import find_programs
-from megacpt.data.kenlm_model import read_record
-from megacpt.data.kneser_ney import EDGES
+from megacpt.data.scores import kenlm_build
+from megacpt.data.scores.kenlm_build import find_programs
+from megacpt.data.scores.kenlm_model import read_record
+from megacpt.data.scores.kneser_ney import EDGES
 from megacpt.files import sha256_of
 from tests.tools.conftest import TEXTS, Run
 
@@ -32,7 +32,7 @@ def test_the_record_of_a_model(small: Path) -> None:
     }
     assert record.reference["documents"] == len(TEXTS[::2])
     assert record.reference["inputs"][0]["sha256"] == sha256_of(small / "reference.jsonl")
-    assert record.trainer["program"] == "megacpt.data.kneser_ney"
+    assert record.trainer["program"] == "megacpt.data.scores.kneser_ney"
     assert len(record.ngrams) == 3
     assert record.ngrams[0] > len(EDGES)
 

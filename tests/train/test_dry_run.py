@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from megacpt.config.load import load_config
-from megacpt.data.indexed import write_dataset
-from megacpt.data.ledger import table
+from megacpt.data.mixture.ledger import table
+from megacpt.data.tokens.indexed import write_dataset
 from megacpt.train.__main__ import main
 from megacpt.train.dry_run import evaluation_cost, flops, size
 from megacpt.train.memory import Setting, checkpoint_bytes, stage_state

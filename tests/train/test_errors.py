@@ -17,8 +17,8 @@ import yaml
 from megatron.core import dist_checkpointing
 
 from megacpt.config.load import config_from
-from megacpt.data.indexed import write_dataset
-from megacpt.data.order import shuffled_pass
+from megacpt.data.mixture.order import shuffled_pass
+from megacpt.data.tokens.indexed import write_dataset
 from megacpt.errors import UserError
 from megacpt.files import lock
 from megacpt.runtime import setup

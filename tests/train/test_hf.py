@@ -11,9 +11,9 @@ import yaml
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.indexed import IndexedDataset
-from megacpt.data.manifest import Manifest, TokenizerInfo, write_manifest
-from megacpt.data.tokenizer import load_tokenizer
+from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, write_manifest
+from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.train.__main__ import main
 from megacpt.train.planning import make_plan

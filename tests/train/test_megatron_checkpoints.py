@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing import load_common_state_dict, load_tensor
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megacpt.config.tree import Config
-from megacpt.data.batches import BatchLayout, micro_batches
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import BatchLayout, micro_batches
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.model.forward import Batch
 from megacpt.train.planning import make_plan
 from tests import jobs

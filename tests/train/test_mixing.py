@@ -8,8 +8,8 @@ import pytest
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.indexed import write_dataset
-from megacpt.data.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.tokens.indexed import write_dataset
 from megacpt.errors import UserError
 from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
 from megacpt.train.schedule import LRSchedule
@@ -121,6 +121,8 @@ def test_a_phase_of_passes_waits_for_the_end_of_one(folder: Path) -> None:
         ({"web": {"weight": 1.0}}, {"mixture": {"pass_tokens": 3, "passes": 1}}, "a pass is empty"),
         ({"small": {"weight": 1.0}}, {"mixture": {"pass_tokens": 1600, "passes": 1}},
          r"small: a pass of the mixture takes 1,600 tokens of it, but it has 288 in whole samples, 1,312 too few"),
+        ({"web": {"weight": 0.3}, "medical": {"weight": 0.82}}, {"mixture": {"pass_tokens": 1600, "passes": 1}},
+         r"sources: the shares of a pass sum to 1\.12 \(web 0\.3 \+ medical 0\.82\); make them sum to 1"),
         ({"web": None, "medical": None}, {"mixture": {"with": "medicine", "replay": 0.1}}, "no source 'medicine'"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megacpt.config.load import config_from
-from megacpt.data.indexed import write_dataset
+from megacpt.data.tokens.indexed import write_dataset
 
 VOCABULARY = 1000
 TIMING = ("iteration_ms", "tokens_per_second", "tflops_per_rank", "mfu", "seconds")

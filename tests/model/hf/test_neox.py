@@ -14,8 +14,8 @@ import transformers
 from megacpt.config.architecture import resolve_architecture
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config, Model
-from megacpt.data.batches import collate
-from megacpt.data.blended import BlendedDataset
+from megacpt.data.samples.batches import collate
+from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.families import LLAMA, NEOX, family_for

@@ -19,8 +19,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Model
-from megacpt.data.indexed import write_dataset
-from megacpt.data.tokenizer import load_tokenizer
+from megacpt.data.tokens.indexed import write_dataset
+from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.unfinished import Report

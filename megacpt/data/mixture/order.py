@@ -1,0 +1,158 @@
+"""One pass over a corpus: a keyed permutation of its documents that is computed, not stored, read as one stream of
+tokens and cut into samples.
+
+A pass of T tokens under sequence length S has ceil((T - 1) / S) samples; sample r reads tokens [r*S, r*S + S + 1) of
+the stream, so neighbours overlap by one and every token of the pass but its first is a target exactly once.
+
+The permutation deals D documents into B = ceil(D / 64) buckets. Document d = 64 j + i goes to bucket
+(a_i j + s_i) mod B, where a_i, coprime to B, and s_i are drawn for each of the 64 residues i and for each pass: within
+a residue that is a bijection, so every bucket gets one document of each, from anywhere in the corpus. Buckets are read
+in a shuffled order, and so is each one's content. What is kept of a pass is the buckets' order and their cumulative
+tokens: 12 bytes for 64 documents; a document's place inside its bucket is worked out when a sample is read there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megacpt.data.keyed import permutation, seeded_key, splitmix64
+
+BUCKET = 64
+"""Documents of a bucket: few enough to sort in microseconds, enough for a pass to be small in memory."""
+BLOCK = 1 << 20
+"""Documents whose lengths are added up at a time."""
+
+
+def samples_per_pass(tokens: int, seq_length: int) -> int:
+    """Samples in which each of `tokens` tokens but the first is a target once; 0 for a corpus without targets."""
+    return max(0, -(-(tokens - 1) // seq_length))
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How documents are dealt to buckets.
+
+    Attributes:
+        documents, buckets: how many there are.
+        factors, inverses, shifts: int64 [BUCKET], of the map of each residue and of its inverse.
+        key: orders the documents inside a bucket.
+    """
+
+    documents: int
+    buckets: int
+    factors: np.ndarray
+    inverses: np.ndarray
+    shifts: np.ndarray
+    key: int
+
+    def buckets_of(self, columns: np.ndarray) -> np.ndarray:
+        """The buckets of documents BUCKET * j + i for int64 [n] columns j and all residues i: int64 [n, BUCKET]."""
+        places = columns[:, None] * self.factors
+        places += self.shifts
+        # numpy divides by a scalar several times faster than it takes the remainder.
+        places -= places // self.buckets * self.buckets
+        return places
+
+    def members(self, buckets: np.ndarray) -> np.ndarray:
+        """All documents of int64 [n] buckets, in no particular order: int64 [up to n * BUCKET]."""
+        columns = (buckets[:, None] - self.shifts) * self.inverses % self.buckets
+        documents = (columns * BUCKET + np.arange(BUCKET)).reshape(-1)
+        return documents[documents < self.documents]
+
+    def content(self, bucket: int) -> np.ndarray:
+        """The documents of a bucket in the order of reading: int64 [up to BUCKET]."""
+        columns = (bucket - self.shifts) * self.inverses % self.buckets
+        order = splitmix64(self.key, BUCKET, bucket * BUCKET).argsort()
+        documents = (columns * BUCKET + np.arange(BUCKET))[order]
+        return documents[documents < self.documents]
+
+
+def deal(key: int, documents: int) -> Deal:
+    """The deal that `key` names for a corpus of `documents`."""
+    buckets = max(1, -(-documents // BUCKET))
+    draws = splitmix64(seeded_key("deal", key), 2 * BUCKET) % np.uint64(buckets)
+    factors, shifts = draws[:BUCKET].astype(np.int64), draws[BUCKET:].astype(np.int64)
+    while (wrong := np.gcd(factors, buckets) != 1).any():
+        factors[wrong] = (factors[wrong] + 1) % buckets if buckets > 1 else 1
+    inverses = np.array([pow(int(factor), -1, buckets) if buckets > 1 else 0 for factor in factors])
+    return Deal(documents, buckets, factors, inverses, shifts, seeded_key("inside", key))
+
+
+class PassOrder:
+    """The documents of one pass in the order of reading; empty ones have no place in the stream of tokens.
+
+    Args:
+        lengths: integers [documents], tokens of each document; a memory map will do.
+        key: in [0, 2^64), names the permutation.
+
+    Attributes:
+        deal: documents to buckets.
+        buckets: int32 [B], the order in which buckets are read.
+        bounds: int64 [B + 1]; bucket buckets[b] holds tokens [bounds[b], bounds[b + 1]) of the stream.
+    """
+
+    def __init__(self, lengths: np.ndarray, key: int) -> None:
+        self.lengths = lengths
+        self.deal = deal(key, len(lengths))
+        self.buckets = permutation(seeded_key("buckets", key), self.deal.buckets).astype(np.int32)
+        self.bounds = np.zeros(self.deal.buckets + 1, dtype=np.int64)
+        np.cumsum(self._tokens()[self.buckets], out=self.bounds[1:])
+
+    def _tokens(self) -> np.ndarray:
+        """Tokens of each bucket: int64 [B]."""
+        totals = np.zeros(self.deal.buckets)
+        for start in range(0, len(self.lengths), BLOCK):
+            block = self.lengths[start : start + BLOCK]
+            columns = np.arange(start // BUCKET, -(-(start + len(block)) // BUCKET))
+            places = self.deal.buckets_of(columns).reshape(-1)[: len(block)]
+            totals += np.bincount(places, weights=block, minlength=self.deal.buckets)
+        # Sums of floats, exact below 2^53.
+        return totals.astype(np.int64)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """All documents that have tokens, in order: int64 [D]."""
+        whole = np.concatenate([self.deal.content(bucket) for bucket in self.buckets.tolist()])
+        return whole[self.lengths[whole] > 0]
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Tokens [start, stop) of the stream as (document, first token, end); less where the stream ends before."""
+        stop = min(stop, int(self.bounds[-1]))
+        pieces: list[tuple[int, int, int]] = []
+        place = int(self.bounds.searchsorted(start, side="right")) - 1
+        while start < stop:
+            base = int(self.bounds[place])
+            documents = self.deal.content(int(self.buckets[place]))
+            ends = np.add.accumulate(self.lengths[documents], dtype=np.int64)
+            first = int(ends.searchsorted(start - base, side="right"))
+            last = min(int(ends.searchsorted(stop - base, side="left")) + 1, len(documents))
+            bounds = [base + int(ends[first - 1]) if first else base, *(ends[first:last] + base).tolist()]
+            for document, (begin, end) in zip(documents[first:last].tolist(), pairwise(bounds), strict=True):
+                if begin < end:
+                    pieces.append((document, max(start, begin) - begin, min(stop, end) - begin))
+            start, place = max(start, bounds[-1]), place + 1
+        return pieces
+
+    def whole(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The documents of the buckets that lie within tokens [start, stop) entirely, some at a time, in any order."""
+        first, last = self._inside(start, stop)
+        for place in range(first, last, BLOCK // BUCKET):
+            yield self.deal.members(self.buckets[place : min(last, place + BLOCK // BUCKET)].astype(np.int64))
+
+    def edges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The pieces of tokens [start, stop) that `whole` leaves out."""
+        first, last = self._inside(start, stop)
+        if first == last:
+            return self.pieces(start, stop)
+        return self.pieces(start, int(self.bounds[first])) + self.pieces(int(self.bounds[last]), stop)
+
+    def _inside(self, start: int, stop: int) -> tuple[int, int]:
+        first = int(self.bounds.searchsorted(start, side="left"))
+        return first, max(first, int(self.bounds.searchsorted(stop, side="right")) - 1)
+
+
+def shuffled_pass(lengths: np.ndarray, seed: int, name: str, number: int) -> PassOrder:
+    """Pass `number` over the corpus `name`: a pure function of the arguments."""
+    return PassOrder(lengths, seeded_key("pass", seed, name, number))

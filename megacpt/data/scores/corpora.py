@@ -1,0 +1,153 @@
+"""What can be scored, piece by piece: rows of text files, or the decoded documents of a token dataset."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+
+from megacpt.data.scores.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, decoded
+from megacpt.data.text.documents import Source, find_inputs
+from megacpt.data.text.filtering import kept_rows
+from megacpt.data.text.provenance import Filters
+from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.manifest import read_manifest
+from megacpt.data.tokens.tokenizer import load_tokenizer
+from megacpt.errors import UserError
+
+TOKENS_AT_ONCE = 1 << 17
+BYTES_PER_TOKEN = 4
+
+
+class Corpus(Protocol):
+    """What is scored.
+
+    Attributes:
+        size: of all of it, in the unit of `Scored.consumed`.
+    """
+
+    size: int
+
+    @property
+    def filters(self) -> Filters | None:
+        """Which rows are documents; None where there are no rows."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Tells this corpus from another before it is read."""
+        ...
+
+    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[BlockTask | RangeTask | None, int]]:
+        """(task, consumed) of each piece in order; for the first `done`, a task without scoring, or none."""
+        ...
+
+    def described(self) -> dict[str, Any]:
+        """`inputs`, `json_keys`, `filters` and `dataset` of the manifest, once all tasks were taken."""
+        ...
+
+    def sample(self, most_bytes: int) -> Iterator[str]:
+        """Texts of pieces that are evenly spaced, about `most_bytes` of them."""
+        ...
+
+
+class TextFiles:
+    """Rows of text files. The first key's text is scored; a row counts only if it has all of them."""
+
+    def __init__(self, inputs: tuple[str, ...], keys: tuple[str, ...], filters: Filters) -> None:
+        self._sources = [Source(path) for path in find_inputs(inputs)]
+        self._keys, self._filters = keys, filters
+        self.size = sum(source.size for source in self._sources)
+
+    @property
+    def filters(self) -> Filters:
+        return self._filters
+
+    def identity(self) -> dict[str, Any]:
+        files = [(str(source.path.resolve()), source.size, source.mtime_ns) for source in self._sources]
+        return {"files": files, "keys": self._keys, "filters": asdict(self.filters)}
+
+    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[BlockTask | None, int]]:
+        columns = [*self._keys, *([spec.name] if isinstance(spec, ColumnSpec) else [])]
+        number = 0
+        for source in self._sources:
+            for block in source.blocks(columns):
+                again = number < done
+                task = BlockTask(block, self._keys, self.filters, None if again else spec)
+                yield (None if again and self.filters.dedup == "none" else task), block.consumed
+                number += 1
+
+    def described(self) -> dict[str, Any]:
+        inputs = [asdict(source.record()) for source in self._sources]
+        return {"inputs": inputs, "json_keys": list(self._keys), "filters": asdict(self.filters), "dataset": None}
+
+    def sample(self, most_bytes: int) -> Iterator[str]:
+        """The texts of every n-th block, so many that their files' bytes are about `most_bytes`."""
+        step = max(1, -(-self.size // most_bytes))
+        blocks = (block for source in self._sources for block in source.blocks(self._keys))
+        for number, block in enumerate(blocks):
+            if number % step == 0:
+                yield from (texts[0] for _, texts in kept_rows(block, self._keys, self.filters, Counter()))
+
+
+class TokenDataset:
+    """Documents of a token dataset, decoded with its own tokenizer.
+
+    Raises:
+        UserError: the dataset has no manifest, or the tokenizer is not the one that made it.
+    """
+
+    filters: None = None
+
+    def __init__(self, prefix: str, tokenizer_model: str) -> None:
+        made = read_manifest(prefix)
+        if made is None:
+            raise UserError(f"{prefix}.json: without a manifest nothing says which tokenizer made it; score text files")
+        tokenizer = load_tokenizer(made.tokenizer.type, tokenizer_model)
+        if tokenizer.sha256 != made.tokenizer.sha256:
+            raise UserError(
+                f"{tokenizer_model}: not the tokenizer of {prefix} (sha256 {tokenizer.sha256[:12]}, "
+                f"its manifest says {made.tokenizer.sha256[:12]}); give --tokenizer-model the one it was made with"
+            )
+        self._dataset, self._made, self._model = IndexedDataset(prefix), made, tokenizer_model
+        framing = {*tokenizer.encode("", add_special_tokens=True).tolist(), tokenizer.eod_id}
+        self._frame = frozenset(token for token in framing if token is not None)
+        self.size = len(self._dataset)
+
+    def identity(self) -> dict[str, Any]:
+        return {"dataset": self._dataset.digest(), "tokenizer": self._made.tokenizer.sha256}
+
+    def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[RangeTask | None, int]]:
+        if isinstance(spec, ColumnSpec):
+            raise UserError("--scorer column needs the rows of text files; give --input instead of --data")
+        for number, (start, stop) in enumerate(self._ranges()):
+            yield (None if number < done else self._task(start, stop, spec)), stop - start
+
+    def _task(self, start: int, stop: int, spec: Any) -> RangeTask:
+        prefix = str(self._dataset.prefix)
+        return RangeTask(prefix, start, stop, self._made.tokenizer.type, self._model, self._frame, spec)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        ends = np.cumsum(self._dataset.lengths)
+        start = 0
+        while start < len(ends):
+            before = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, before + TOKENS_AT_ONCE, side="right")))
+            yield start, stop
+            start = stop
+
+    def described(self) -> dict[str, Any]:
+        dataset = {
+            "digest": self._dataset.digest(),
+            "documents": len(self._dataset),
+            "tokens": self._dataset.tokens,
+            "tokenizer": asdict(self._made.tokenizer),
+        }
+        return {"inputs": None, "json_keys": None, "filters": None, "dataset": dataset}
+
+    def sample(self, most_bytes: int) -> Iterator[str]:
+        """The texts of every n-th range, so many that there are about `most_bytes` of them."""
+        step = max(1, -(-BYTES_PER_TOKEN * self._dataset.tokens // most_bytes))
+        for number, (start, stop) in enumerate(self._ranges()):
+            if number % step == 0:
+                yield from decoded(self._task(start, stop, None))

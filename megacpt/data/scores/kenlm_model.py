@@ -1,0 +1,135 @@
+"""A KenLM model with the record of how it was made, and a document's perplexity under it.
+
+`MODEL.json` lies beside MODEL. It holds the normalisation that the model's words went through, and a model without
+it, or whose bytes are not those it names, is refused: under another normalisation a perplexity means nothing.
+
+The perplexity of a document is CCNet's: 10 to the power of -(sum of log10 p over its sentences) / (words + sentences),
+every sentence scored from <s> to </s>, so each </s> is one of the things predicted. Sentences are lines.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacpt.data.scores.kenlm_build import import_kenlm
+from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
+from megacpt.errors import UserError
+from megacpt.files import sha256_of, write_json
+
+FORMAT = "megacpt kenlm model 1"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """How a model was made.
+
+    Attributes:
+        sha256: of the model file.
+        file: "probing", "trie", "quantized_trie" or "arpa".
+        ngrams: distinct n-grams of each order.
+        trainer: which program, its version and its options.
+        reference: files with hashes, documents, sentences, words, and the sha256 of the normalised text.
+        overlap: evaluation sets that the reference was checked against (see overlap.EvalOverlap).
+    """
+
+    sha256: str
+    file: str
+    order: int
+    ngrams: list[int]
+    normalization: dict[str, Any]
+    trainer: dict[str, Any]
+    reference: dict[str, Any]
+    overlap: list[dict[str, Any]] = field(default_factory=list)
+    megacpt_version: str = ""
+    format: str = FORMAT
+
+
+def record_path(model: Path) -> Path:
+    """`MODEL.json`."""
+    return Path(f"{model}.json")
+
+
+def write_record(model: Path, record: ModelRecord) -> None:
+    """Write `MODEL.json` atomically."""
+    write_json(record_path(model), asdict(record))
+
+
+def read_record(model: Path) -> ModelRecord | None:
+    """The record of a model, or None where there is none.
+
+    Raises:
+        UserError: it is there and is no such record.
+    """
+    path = record_path(model)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        normalization_from(found["normalization"])
+        return ModelRecord(**found)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not the record of a KenLM model ({error}); train the model again") from error
+
+
+def check_model(model: Path, given: Normalization | None = None) -> tuple[Normalization, str, ModelRecord | None]:
+    """The normalisation under which to use a model, the model's sha256, and its record.
+
+    Args:
+        given: the user's own word on it: needed without a record, and with one it must agree.
+
+    Raises:
+        UserError: no model, one without a record, one that is not the record's, or made with another normalisation.
+    """
+    if not model.is_file():
+        raise UserError(f"{model}: no such model; train one with tools/train_kenlm.py")
+    record, sha256 = read_record(model), sha256_of(model)
+    if record is None:
+        if given is None:
+            raise UserError(
+                f"{model}: without {record_path(model).name} nothing says how its text was normalised; "
+                "say it with --normalization (for instance ccnet, or lowercase,digits_to_zero,punctuation=keep)"
+            )
+        return given, sha256, None
+    if record.sha256 != sha256:
+        raise UserError(f"{model}: not the model that {record_path(model).name} describes; train it again")
+    made = normalization_from(record.normalization)
+    if given is not None and given != made:
+        raise UserError(
+            f"{model}: was trained on text normalised with {made.spelled()}, not {given.spelled()}; "
+            "drop --normalization"
+        )
+    return made, sha256, record
+
+
+class PerplexityScorer:
+    """Perplexities of documents; the lower, the more a text is like the reference.
+
+    Raises:
+        UserError: KenLM cannot load the model.
+    """
+
+    def __init__(self, model: Path, normalization: Normalization) -> None:
+        kenlm = import_kenlm()
+        config = kenlm.Config()
+        config.show_progress = False
+        config.arpa_complain = kenlm.ARPALoadComplain.NONE
+        try:
+            self._model = kenlm.Model(str(model), config)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{model}: KenLM cannot load this model; train it again") from error
+        self._normalize = normalizer(normalization)
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts]; infinite for a text without a word."""
+        return np.array([self._perplexity(document) for document in self._normalize(texts)], dtype=np.float32)
+
+    def _perplexity(self, document: Sentences) -> float:
+        if not document.words:
+            return float("inf")
+        return 10.0 ** (-sum(map(self._model.score, document.lines)) / (document.words + len(document.lines)))

@@ -1,0 +1,79 @@
+"""One block of rows to tokens: the work of a preprocessing process."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from megacpt.data.text.documents import Block
+from megacpt.data.text.filtering import digests_of, kept_columns
+from megacpt.data.text.provenance import Filters
+from megacpt.data.tokens.indexed import token_dtype
+from megacpt.data.tokens.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a row becomes tokens; what a worker process is told.
+
+    Attributes:
+        engine: one of `fast_tokenizer.ENGINES`.
+    """
+
+    keys: tuple[str, ...]
+    tokenizer_type: str
+    tokenizer_model: str
+    append_eod: bool
+    skip_invalid: bool
+    engine: str = "auto"
+    min_chars: int = 0
+    dedup: str = "none"
+
+    @property
+    def filters(self) -> Filters:
+        """Which rows become documents."""
+        return Filters(self.skip_invalid, self.min_chars, self.dedup)
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """Tokens of a block: per key, the bytes for `.bin` and int32 [documents] lengths; and what it took.
+
+    Attributes:
+        skipped: rows dropped, by kind.
+        digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
+    """
+
+    tokens: list[bytes]
+    lengths: list[np.ndarray]
+    skipped: Counter[str]
+    consumed: int
+    text: int
+    digests: np.ndarray | None = None
+
+
+def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:
+    """Parse and encode one block.
+
+    Raises:
+        UserError: a bad row, unless they are to be skipped.
+    """
+    dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
+    skipped: Counter[str] = Counter()
+    columns = kept_columns(block, encoding.keys, encoding.filters, skipped)
+    digests = None if encoding.dedup == "none" else digests_of(columns[0])
+    tokens, lengths = [], []
+    for texts in columns:
+        ids, sizes = tokenizer.encode_flat(texts, add_special_tokens=True)
+        if encoding.append_eod:
+            assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
+            ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
+        tokens.append(ids.astype(dtype).tobytes())
+        lengths.append(sizes)
+    return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)
+
+
+def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    """End every document that has tokens with `eod`; shapes as `Tokenizer.encode_flat`."""
+    filled = lengths > 0
+    return np.insert(ids, np.cumsum(lengths, dtype=np.int64)[filled], eod), lengths + filled.astype(np.int32)

@@ -1,0 +1,216 @@
+"""The unfinished part of a run: datasets written so far, in a folder beside the output.
+
+Tokens are appended in the order of the inputs; every few seconds they are synced and the journal notes how much there
+is. After a kill the files are cut back to the last note, and the run goes on from there.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megacpt.data.text.documents import Block, Source
+from megacpt.data.text.filtering import DIGEST_BYTES
+from megacpt.data.tokens.encode import EncodedBlock
+from megacpt.data.tokens.journal import Journal, Position, note_of, read_journal
+from megacpt.files import atomic_write, disk_errors, lock, make_folder
+
+SECONDS_BETWEEN_NOTES = 10.0
+LENGTH_BYTES = 4
+DIGESTS_AT_ONCE = 1 << 16
+JOURNAL = "journal.jsonl"
+
+
+class Work:
+    """The folder of an unfinished run; this process alone writes there until `remove` or `leave`.
+
+    Attributes:
+        position: what is done: where to go on.
+        records: the input files that are done.
+        found, noted: documents that an earlier run left, and that the next one would find.
+        stale: the folder holds the work of another job, or of inputs that have changed; `open` clears it.
+        finishing: all is encoded, and some datasets may have their names already.
+    """
+
+    def __init__(
+        self, folder: Path, job: dict[str, Any], sources: Sequence[Source], targets: Sequence[Path], skip_invalid: bool
+    ) -> None:
+        """Look into the folder, changing nothing in it.
+
+        Args:
+            job: what the work depends on apart from the inputs and `skip_invalid`; holds `itemsize` and `dedup`.
+            targets: the final `.bin` of each key.
+
+        Raises:
+            UserError: another process works there, or nothing can be written there.
+        """
+        self.folder, self._targets, self._job = folder, targets, job
+        make_folder(folder.parent)
+        self._lock = lock(folder / ".lock", f"{folder}: the work folder of this output")
+        journal = read_journal(folder / JOURNAL, job, len(targets), sources, skip_invalid)
+        if journal.notes and not self._whole(journal):
+            journal = Journal(job, Position([0] * len(targets)), stale=True)
+        self._journal, self.position, self.records = journal, journal.position, journal.records
+        self.stale, self.finishing, self.found = journal.stale, journal.finishing, journal.position.documents
+        self.noted = self.found
+        self._pending: list[dict[str, Any]] = []
+        self._files: dict[str, IO[bytes]] = {}
+        self._notes: IO[str] | None = None
+        self._started = self._noted = time.monotonic()
+
+    @property
+    def worth(self) -> bool:
+        """Whether what was noted is more than seconds of work."""
+        lasted = time.monotonic() - self._started >= SECONDS_BETWEEN_NOTES
+        return bool(self._journal.notes) and (lasted or self.found > 0)
+
+    def _bytes_of(self, position: Position) -> dict[str, int]:
+        """How long each file is at a position."""
+        sizes = {f"{key}.bin": tokens * self._job["itemsize"] for key, tokens in enumerate(position.tokens)}
+        sizes |= {f"{key}.lengths": position.documents * LENGTH_BYTES for key in range(len(position.tokens))}
+        return sizes if self._job["dedup"] == "none" else {**sizes, "digests": position.documents * DIGEST_BYTES}
+
+    def _whole(self, journal: Journal) -> bool:
+        for name, size in self._bytes_of(journal.position).items():
+            path = self.folder / name
+            if journal.finishing and name.endswith(".bin") and not path.exists():
+                path = self._targets[int(name.removesuffix(".bin"))]
+            if not path.is_file() or path.stat().st_size < size:
+                return False
+        return True
+
+    @property
+    def untouched(self) -> bool:
+        """Whether what the folder held, this job's or another's, is still as it was."""
+        return not self._files
+
+    def open(self) -> None:
+        """Cut the files back to the position, and open them."""
+        with disk_errors(self.folder):
+            if self._journal.notes:
+                self._write_journal()
+            else:
+                (self.folder / JOURNAL).unlink(missing_ok=True)
+            for name, size in self._bytes_of(self.position).items():
+                path = self.folder / name
+                if self.finishing and not path.exists():
+                    continue
+                self._files[name] = handle = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+                handle.truncate(size)
+                handle.seek(size)
+
+    def _write_journal(self) -> None:
+        with atomic_write(self.folder / JOURNAL, "w") as handle:
+            for line in ({"job": self._job}, *self._journal.notes, *([{"finishing": True}] if self.finishing else [])):
+                handle.write(json.dumps(line) + "\n")
+        self._notes = open(self.folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
+
+    def bin(self, key: int) -> Path:
+        """The tokens of a key, as long as they do not have their final name."""
+        return self.folder / f"{key}.bin"
+
+    def digests(self) -> Iterator[np.ndarray]:
+        """Digests of the documents written so far, uint64 [some, 2] at a time."""
+        self._files["digests"].flush()
+        with open(self.folder / "digests", "rb") as handle:
+            while part := handle.read(DIGESTS_AT_ONCE * DIGEST_BYTES):
+                yield np.frombuffer(part, dtype="<u8").reshape(-1, 2)
+
+    def lengths(self, key: int) -> np.ndarray:
+        """Tokens of each document of a key: int32 [documents], a map of the file."""
+        if not self.position.documents:
+            return np.empty(0, "<i4")
+        with disk_errors(self.folder):
+            self._files[f"{key}.lengths"].flush()
+        return np.memmap(self.folder / f"{key}.lengths", dtype="<i4", mode="r")
+
+    def append(self, block: Block, encoded: EncodedBlock) -> None:
+        """Add an encoded block, the next one of the inputs."""
+        with disk_errors(self.folder):
+            for key, (tokens, lengths) in enumerate(zip(encoded.tokens, encoded.lengths, strict=True)):
+                self._files[f"{key}.bin"].write(tokens)
+                self._files[f"{key}.lengths"].write(lengths.astype("<i4").tobytes())
+            if encoded.digests is not None:
+                self._files["digests"].write(encoded.digests.tobytes())
+        position = self.position
+        position.tokens = [n + int(part.sum()) for n, part in zip(position.tokens, encoded.lengths, strict=True)]
+        position.documents += len(encoded.lengths[0])
+        position.counts = dict(Counter(position.counts) + encoded.skipped)
+        position.consumed += encoded.consumed
+        position.text += encoded.text
+        position.place = block.end
+
+    def end_input(self, number: int, source: Source) -> None:
+        """All blocks of the next input file, the `number`-th of the job, are there."""
+        record, position = source.record(), self.position
+        self.records.append(record)
+        if position.start is None:
+            position.start = [number + 1, 0] if source.began is None else [number, source.began]
+        position.stop = [number + 1, 0] if source.ended is None else [number, source.ended]
+        position.inputs, position.place = position.inputs + 1, None
+        self._pending.append(note_of(position, source, record))
+
+    def note(self, inside: Source | None, due: bool = False) -> None:
+        """Sync what is there and note the position: between input files, or inside one.
+
+        Args:
+            due: only if the last note is some seconds old.
+        """
+        if due and time.monotonic() - self._noted < SECONDS_BETWEEN_NOTES:
+            return
+        notes = [*self._pending, *([note_of(self.position, inside, None)] if inside else [])]
+        with disk_errors(self.folder):
+            for handle in self._files.values():
+                handle.flush()
+                os.fsync(handle.fileno())
+            self._journal.notes += notes
+            if self._notes is None:
+                self._write_journal()
+            else:
+                self._append_to_journal(notes)
+        self._pending = []
+        self._noted, self.noted = time.monotonic(), self.position.documents
+
+    def _append_to_journal(self, notes: Sequence[dict[str, Any]]) -> None:
+        assert self._notes is not None
+        self._notes.write("".join(json.dumps(note) + "\n" for note in notes))
+        self._notes.flush()
+        os.fsync(self._notes.fileno())
+
+    def note_all_done(self) -> None:
+        """Note that all is encoded: from here on datasets get their names."""
+        self.note(None)
+        self.finishing = True
+        with disk_errors(self.folder):
+            self._append_to_journal([{"finishing": True}])
+
+    def leave(self) -> None:
+        """Let go of the folder; a later run goes on from its last note. Without any note it is deleted."""
+        if not (self.folder / JOURNAL).exists():
+            self.remove()
+            return
+        self._close()
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Delete the folder and what is left in it."""
+        self._close()
+        for path in self.folder.iterdir():
+            path.unlink()
+        self._lock.close()
+        # Somebody else may have taken it by now.
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _close(self) -> None:
+        handles: list[IO[Any]] = [*self._files.values(), *([self._notes] if self._notes else [])]
+        for handle in handles:
+            # On a full disk closing fails as well; what was noted is safe.
+            with suppress(OSError):
+                handle.close()

@@ -1,0 +1,247 @@
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacpt.data.text import documents
+from megacpt.data.text.documents import Block, Source, find_inputs
+from megacpt.data.text.rows import parse_block, read_documents, texts_of
+from megacpt.errors import UserError
+from megacpt.files import sha256_of
+
+TEXTS = ["plain", "", "two\nlines\r\n", "é \u2028 \U0001f600", "x" * 700_000, "  spaces  ", '"quoted" \\ \u0000'] * 3
+
+
+def as_jsonl(texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def write(folder, name, texts):
+    path = folder / name
+    raw = as_jsonl(texts)
+    if name.endswith(".gz"):
+        half = len(raw) // 2
+        path.write_bytes(gzip.compress(raw[:half]) + gzip.compress(raw[half:]))
+    elif name.endswith(".zst"):
+        half = len(raw) // 2
+        path.write_bytes(zstandard.compress(raw[:half]) + zstandard.compress(raw[half:]))
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=4)
+    else:
+        path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "b.gz"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    path = write(tmp_path, name, TEXTS)
+    assert list(read_documents([path], "text")) == [(f"{path}:{i}", text) for i, text in enumerate(TEXTS, 1)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_source_records_its_file_and_accounts_for_its_bytes(tmp_path, name):
+    path = write(tmp_path, name, TEXTS)
+    source = Source(path)
+    consumed = sum(block.consumed for block in source.blocks(["text"]))
+    assert abs(consumed - path.stat().st_size) <= 8, "rows of a Parquet file are rounded"
+    record = source.record()
+    assert (record.name, record.bytes, record.sha256) == (name, path.stat().st_size, sha256_of(path))
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=15), data=st.data())
+def test_rows_survive_any_cut_into_blocks(tmp_path_factory, texts, data):
+    size = data.draw(st.integers(1, 200))
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    raw = as_jsonl(texts)
+    path.write_bytes(raw.removesuffix(b"\n") if data.draw(st.booleans()) else raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "BLOCK_BYTES", size)
+        patch.setattr("megacpt.data.text.compression.CHUNK_BYTES", max(1, size // 3))
+        assert [text for _, text in read_documents([path], "text")] == texts
+
+
+def test_blank_lines_hold_no_row_but_count_as_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\r\n  \n{"text": "b"}\n\n')
+    rows = list(read_documents([tmp_path / "a.jsonl"], "text"))
+    assert [(where.rsplit(":", 1)[1], text) for where, text in rows] == [("2", "a"), ("4", "b")]
+
+
+def test_what_json_takes_and_orjson_does_not(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a", "x": NaN}\n{"text": "b", "x": "\\ud800"}\n')
+    assert [text for _, text in read_documents([tmp_path / "a.jsonl"], "text")] == ["a", "b"]
+
+
+BAD_LINES = [
+    (b"{", "invalid_json", r"invalid JSON \(.* at column \d+\)"),
+    (b'{"text": "a"} {}', "invalid_json", r"Extra data at column 15"),
+    (b"[1]", "invalid_json", "is not a JSON object but list"),
+    (b"[" * 100_000, "invalid_json", "invalid JSON"),
+    (b'{"text": "\xff"}', "invalid_utf8", "invalid UTF-8 at byte 11"),
+    (b'{"text": "a\\udc00"}', "invalid_utf8", "no Unicode character at position 2"),
+    (b'{"txt": "a"}', "missing_key", "has no key 'text' \\(it has txt\\)"),
+    (b"{}", "missing_key", "has no key 'text'"),
+    (b'{"text": 1}', "not_a_string", "not a string but int"),
+    (b'{"text": null}', "not_a_string", "not a string but NoneType"),
+    (b'{"text": ["a"]}', "not_a_string", "not a string but list"),
+]
+
+
+@pytest.mark.parametrize(("line", "kind", "message"), BAD_LINES)
+def test_a_bad_row_is_named_or_counted(tmp_path, line, kind, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "first"}\n' + line + b'\n{"text": "last"}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}.*; correct the row or pass --skip-invalid"):
+        list(read_documents([path], "text"))
+    skipped: Counter[str] = Counter()
+    assert [text for _, text in read_documents([path], "text", skipped)] == ["first", "last"]
+    assert skipped == {kind: 1}
+
+
+def test_a_row_is_used_for_all_its_keys_or_for_none(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"q": "1", "a": "2"}\n{"q": "3"}\n{"q": "4", "a": "5"}\n')
+    skipped: Counter[str] = Counter()
+    (block,) = Source(tmp_path / "a.jsonl").blocks(["q", "a"])
+    assert [texts for _, texts in parse_block(block, ["q", "a"], skipped)] == [["1", "2"], ["4", "5"]]
+    assert skipped == {"missing_key": 1}
+
+
+ODD_LINES = [
+    *(
+        b"",
+        b" \t\r",
+        b"3",
+        b'"text"',
+        b"[]",
+        b'["text"]',
+        b"null",
+        b"{}",
+        b'{"text": "a"}\r',
+        b' {"title":"b","text":"a"}',
+    ),
+    *(
+        b'{"text": "first", "title": "t", "text": "last"}',
+        b'{"text": "a", "title": "t", "x": NaN}',
+        b'{"text": "\xff"}',
+    ),
+    *(
+        b'{"text": "\\ud800", "title": ""}',
+        b'{"text": "a", "title": "t"}{',
+        b'{"text": "\\ud83d\\ude00", "title": "\\u0000"}',
+    ),
+]
+OBJECTS = st.dictionaries(st.sampled_from(["text", "title", "id"]), st.text() | st.integers() | st.none())
+LINES = OBJECTS.map(lambda row: json.dumps(row, ensure_ascii=False).encode()) | st.sampled_from(ODD_LINES)
+
+
+@settings(max_examples=300)
+@given(lines=st.lists(LINES, max_size=5), keys=st.sampled_from([("text",), ("text", "title")]))
+def test_the_short_way_to_texts_is_the_careful_one(lines, keys):
+    block = Block("a.jsonl", 7, 0, b"\n".join(lines))
+    ours, theirs = Counter(), Counter()
+    rows = [texts for _, texts in parse_block(block, keys, theirs)]
+    assert texts_of(block, keys, ours) == [[texts[i] for texts in rows] for i in range(len(keys))]
+    assert ours == theirs
+    if theirs:
+        with pytest.raises(UserError) as careful:
+            list(parse_block(block, keys))
+        with pytest.raises(UserError) as short:
+            texts_of(block, keys)
+        assert str(short.value) == str(careful.value)
+
+
+def test_bad_rows_of_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    raw = pa.array([b"good", b"\xff", None, b"last"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
+    pq.write_table(pa.table({"text": text, "n": [1, 2, 3, 4]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet:2: invalid UTF-8"):
+        list(read_documents([path], "text"))
+    skipped: Counter[str] = Counter()
+    assert [text for _, text in read_documents([path], "text", skipped)] == ["good", "last"]
+    assert skipped == {"invalid_utf8": 1, "not_a_string": 1}
+    with pytest.raises(UserError, match=r"a\.parquet:1: the value of 'n' is not a string but int"):
+        list(read_documents([path], "n"))
+    with pytest.raises(UserError, match=r"a\.parquet:1: has no key 'body'"):
+        list(read_documents([path], "body"))
+    skipped.clear()
+    assert list(read_documents([path], "body", skipped)) == []
+    assert skipped == {"missing_key": 4}
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])
+def test_truncated_at_every_byte(tmp_path, name, pack):
+    whole = pack(as_jsonl(["first", "second", "third" * 40]))
+    for size in range(len(whole)):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(UserError, match=f"{name}: the .* file is (truncated|damaged)"):
+            list(read_documents([tmp_path / name], "text"))
+
+
+def test_truncation_names_the_last_line(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = as_jsonl([f"document {i}" for i in range(5000)])
+    path.write_bytes(gzip.compress(lines)[:-40])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: the gzip file is truncated after line 4,9\d\d; fetch"):
+        list(read_documents([path], "text"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_not_of_the_suffixs_format(tmp_path, name):
+    (tmp_path / name).write_bytes(as_jsonl(["a"]))
+    with pytest.raises(UserError, match=rf"{name}: .*damaged.* at its start"):
+        list(read_documents([tmp_path / name], "text"))
+
+
+def test_inputs_keep_the_given_order_and_sort_folders_and_globs(tmp_path):
+    for name in [
+        "b.jsonl",
+        "a.jsonl.gz",
+        "sub/c.parquet",
+        "README.md",
+        ".hidden.jsonl",
+        "z.json",
+        "10.jsonl",
+        "9.jsonl",
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*patterns):
+        return [str(path.relative_to(tmp_path)) for path in find_inputs([str(tmp_path / p) for p in patterns])]
+
+    assert names(".") == ["10.jsonl", "9.jsonl", "a.jsonl.gz", "b.jsonl", "sub/c.parquet", "z.json"]
+    assert names("z.json", "[ab].jsonl*", "sub") == ["z.json", "a.jsonl.gz", "b.jsonl", "sub/c.parquet"]
+
+
+def test_a_datasets_manifest_is_not_taken_for_text(tmp_path):
+    for name in ["a.jsonl", "out.json", "out.idx", "out.bin"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in find_inputs([str(tmp_path)])] == ["a.jsonl"]
+    assert [path.name for path in find_inputs([str(tmp_path / "*.json*")])] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["no.jsonl"], "no file matches"),
+        (["*.parquet"], "no file matches"),
+        (["empty"], "this folder holds no"),
+        (["a.txt"], "unknown kind of input"),
+        (["*"], "unknown kind of input"),
+        (["a.jsonl", "*.jsonl"], "given twice"),
+    ],
+)
+def test_inputs_that_cannot_be(tmp_path, monkeypatch, patterns, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_inputs(patterns)

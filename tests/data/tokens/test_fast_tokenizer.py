@@ -1,0 +1,328 @@
+import io
+import json
+import os
+import random
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
+
+from megacpt.data.tokens import fast_tokenizer
+from megacpt.data.tokens.fast_tokenizer import Characters, FastTokenizer, chosen_engine, open_tokenizer
+from megacpt.data.tokens.tokenizer import load_tokenizer
+from megacpt.errors import UserError
+
+pytest.importorskip("gigatoken", reason="the fast engine, gigatoken, is not installed")
+
+SHARED = Path(os.environ.get("MEGACPT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
+SPECIALS = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+SENTENCE = (
+    "The patients' trial wasn't blinded: they'll TAKE 12345 mg/day, naïve größe İstanbul 患者 治療 лечение עברית हिन्दी"
+)
+WORDS = SENTENCE.split()
+CORPUS = [" ".join(random.Random(i).choices(WORDS, k=40)) + "\n\n\t  </s> <s> == ... aaaa abab" for i in range(300)]
+
+
+def byte_level(pattern=None, normalizer=None, **model):
+    library = Library(models.BPE(**model))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        library.pre_tokenizer = pre_tokenizers.Sequence([split, library.pre_tokenizer])
+    if normalizer:
+        library.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(CORPUS, trainer)
+    return library
+
+
+def gpt2():
+    return byte_level()
+
+
+def llama3():
+    library = byte_level(LLAMA_3, ignore_merges=True)
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return library
+
+
+def qwen():
+    library = byte_level(LLAMA_3.replace("{1,3}", ""), normalizers.NFC())
+    library.add_tokens([AddedToken("<tool>", special=False, normalized=False), AddedToken("  ", special=False)])
+    return library
+
+
+def without_some_bytes():
+    library = byte_level()
+    spec = json.loads(library.to_str())
+    for byte in pre_tokenizers.ByteLevel.alphabet():
+        if byte not in map(chr, range(33, 127)) and len(spec["model"]["vocab"]) > 1100:
+            spec["model"]["vocab"].pop(byte)
+            spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if byte not in "".join(pair)]
+    vocab = spec["model"]["vocab"]
+    spec["model"]["merges"] = [
+        [left, right] for left, right in spec["model"]["merges"] if left in vocab and right in vocab
+    ]
+    return Library.from_str(json.dumps(spec))
+
+
+def sentencepiece_model(**options):
+    model = io.BytesIO()
+    defaults = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "required_chars": "\t",
+        "vocab_size": 600,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    iterator = iter([*CORPUS, "a" * 9, "  " * 9])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iterator, model_writer=model, **defaults | options)
+    return model.getvalue()
+
+
+def llama2_as_json():
+    """A SentencePiece BPE as a tokenizer.json has it: bytes to fall back on, and no pre-tokenizer."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *dict.fromkeys("".join(CORPUS[:20]) + "▁")]
+    merges = [("a", "a"), ("aa", "aa"), ("a", "b"), ("▁", "▁"), ("▁", "t"), ("t", "h"), ("▁", "th"), ("▁▁", "▁▁")]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *map("".join, merges)]))}
+    library = Library(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.ByteFallback()
+    library.add_special_tokens(SPECIALS[:3])
+    return library
+
+
+MAKERS = [gpt2, llama3, qwen, without_some_bytes, llama2_as_json, sentencepiece_model, "SmolLM2", "Mistral"]
+
+
+def saved(make, folder):
+    """(type, path) of a tokenizer."""
+    if isinstance(make, str):
+        name = {"SmolLM2": "smollm2_tokenizer.json.gz", "Mistral": "mistral_v1_32000.model"}[make]
+        if not SHARED.is_dir():
+            pytest.skip("the shared tokenizers are not beside this checkout")
+        path = SHARED / "data" / "tokenizer" / name
+        return "SentencePieceTokenizer" if path.suffix == ".model" else "HuggingFaceTokenizer", path
+    made = make()
+    if isinstance(made, bytes):
+        path = folder / "t.model"
+        path.write_bytes(made)
+        return "SentencePieceTokenizer", path
+    made.save(str(folder / "tokenizer.json"))
+    return "HuggingFaceTokenizer", folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module", params=MAKERS, ids=lambda make: make if isinstance(make, str) else make.__name__)
+def pair(request, tmp_path_factory):
+    """(fast, reference)."""
+    kind, path = saved(request.param, tmp_path_factory.mktemp("tokenizer"))
+    return open_tokenizer(kind, path, "fast"), load_tokenizer(kind, path)
+
+
+def assert_equal(pair, texts):
+    for framed in (False, True):
+        found, expected = (tokenizer.encode_flat(texts, framed) for tokenizer in pair)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype == np.int32
+            np.testing.assert_array_equal(one, other)
+
+
+FRAGMENTS = st.one_of(
+    st.sampled_from([*SPECIALS, "<|im_start|>", "<tool>", "<0x0A>", "▁", "\ufdd0</s>\ufdd0", "[INST]", "</", "s>"]),
+    st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x85", "\x00", "\x04", "\x7f"]),
+    st.sampled_from(["'s", "'S", "'ſ", "’t", "'LL", "e\u0301", "\u0301\u0301", "👩‍⚕️", "🏳️‍🌈", "🇩🇪", "\ufdd0", "\uffff"]),
+    st.sampled_from(WORDS),
+    st.text(max_size=6),
+    st.text(st.characters(codec="ascii"), max_size=8),
+    st.tuples(st.characters(codec="utf-8"), st.integers(2, 70)).map(lambda run: run[0] * run[1]),
+    st.tuples(st.sampled_from(" \n\ta1.A本"), st.integers(2, 400)).map(lambda run: run[0] * run[1]),
+)
+TEXTS = st.lists(st.lists(FRAGMENTS, max_size=12).map("".join), max_size=4)
+
+
+@settings(max_examples=250, deadline=None)
+@given(texts=TEXTS)
+def test_any_texts_are_encoded_as_the_reference_does(pair, texts):
+    assert_equal(pair, texts)
+
+
+def test_real_texts_and_long_ones(pair):
+    assert_equal(pair, [])
+    assert_equal(
+        pair, ["", *CORPUS[:30], "", "\n".join(CORPUS), "a" * 30_000, " " * 30_000, "1" * 3_000 + "本" * 3_000]
+    )
+
+
+def test_every_character_that_is_not_doubtful_is_classified_alike(tmp_path):
+    kind, path = saved(llama3, tmp_path)
+    fast, reference = open_tokenizer(kind, path, "fast"), load_tokenizer(kind, path)
+    characters = [chr(c) for c in range(0x80, sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    settled = [c for c in characters if c < "\u0800" or unicodedata.category(c) not in ("Co", "Cn")]
+    # The apostrophe joins what follows only after a letter or a number; digits go by three from where a number starts.
+    for text in ("{}'t", "1{}23456"):
+        lines = [text.replace("{}", c) for c in settled]
+        texts = ["\n".join(lines[i : i + 500]) for i in range(0, len(lines), 500)]
+        for one, other in zip(fast.encode_flat(texts), reference.encode_flat(texts), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_doubtful_characters():
+    texts = ["", "a\u0378é", "患者", "ab\ufdd0", "\U0001f600 \U000323b0", "\ue000\U0010fffd", "\U000e0fff", "😀"]
+    characters = Characters()
+    for _ in range(2):
+        assert characters.doubtful([text.encode() for text in texts]) == [3, 4, 6]
+    assert characters.doubtful([]) == []
+
+
+def test_texts_with_doubtful_characters_go_to_the_reference(pair, monkeypatch):
+    fast, reference = pair
+    sent = []
+    monkeypatch.setattr(fast._reference, "encode", lambda text: sent.append(text) or reference.encode(text))
+    assert_equal(pair, ["plain", "a\ufdd0b", "naïve 患者"])
+    assert set(sent) == {"a\ufdd0b"}
+
+
+def test_caches_are_emptied(pair, monkeypatch):
+    fast, _ = pair
+    monkeypatch.setattr(fast_tokenizer, "CACHE_BYTES", -(1 << 40))
+    before = fast._engine
+    assert_equal(pair, ["the first", "and the second"])
+    assert fast._engine is not before
+
+
+def test_reference_on_request_and_engines_by_name(tmp_path):
+    kind, path = saved(gpt2, tmp_path)
+    reference, fast = (open_tokenizer(kind, path, engine) for engine in ("reference", "auto"))
+    assert reference.engine.startswith("tokenizers 0.")
+    assert fast.engine.startswith("gigatoken 0.")
+    assert [chosen_engine(t) for t in (reference, fast)] == ["reference", "fast"]
+    assert (fast.type, fast.sha256, fast.vocab_size, fast.eod_id) == (
+        kind,
+        reference.sha256,
+        reference.vocab_size,
+        reference.eod_id,
+    )
+    assert fast.decode(fast.encode("the trial")) == reference.decode(reference.encode("the trial"))
+
+
+def unigram():
+    library = Library(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>")
+    )
+    return library
+
+
+def bpe_on_characters():
+    library = Library(models.BPE(unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS))
+    return library
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (unigram, "its model is Unigram, not BPE"),
+        (bpe_on_characters, "its BPE does not work on bytes"),
+        (lambda: byte_level(dropout=0.5), "its merges are dropped at random"),
+        (lambda: byte_level(r"\w+|\W"), "Unknown pre_tokenizer"),
+        (lambda: sentencepiece_model(model_type="unigram"), "its model is not BPE"),
+        (lambda: sentencepiece_model(byte_fallback=False), "no bytes to fall back on"),
+        (lambda: sentencepiece_model(user_defined_symbols=["<tool>"]), "user-defined"),
+        (lambda: sentencepiece_model(normalization_rule_name="nmt_nfkc"), "changes the text"),
+        (lambda: sentencepiece_model(remove_extra_whitespaces=True), "changes the text"),
+        (lambda: sentencepiece_model(treat_whitespace_as_suffix=True), "changes the text"),
+    ],
+)
+def test_the_reference_encodes_what_gigatoken_cannot(tmp_path, capsys, make, reason):
+    kind, path = saved(make, tmp_path)
+    tokenizer = open_tokenizer(kind, path)
+    assert chosen_engine(tokenizer) == "reference"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert warning.startswith(f"warning: text is encoded by {tokenizer.engine}, at about 3 MB/s a core")
+    with pytest.raises(UserError, match=f"no fast engine for this tokenizer .*({reason}).*--tokenizer-engine auto"):
+        open_tokenizer(kind, path, "fast")
+
+
+def test_a_difference_at_the_start_is_noticed(tmp_path, capsys, monkeypatch):
+    kind, path = saved(gpt2, tmp_path)
+    monkeypatch.setattr(fast_tokenizer, "_gigatoken", lambda definition: Wrong(fast_tokenizer_engine(definition), "é"))
+    assert chosen_engine(open_tokenizer(kind, path)) == "reference"
+    assert "its ids of" in capsys.readouterr().err
+
+
+fast_tokenizer_engine = fast_tokenizer._gigatoken
+
+
+class Wrong:
+    """An engine that errs on texts with a certain string."""
+
+    def __init__(self, engine, string):
+        self.engine, self.string = engine, string
+
+    def encode(self, text):
+        ids = self.engine.encode(text)
+        text = text if isinstance(text, str) else text.decode()
+        return ids[:-1] if self.string in text else ids
+
+
+def test_a_difference_in_the_first_real_text_is_noticed(tmp_path, capsys):
+    kind, path = saved(gpt2, tmp_path)
+    reference = load_tokenizer(kind, path)
+    texts = ["plain", "patients"]
+    forgiving = open_tokenizer(kind, path)
+    assert isinstance(forgiving, FastTokenizer)
+    forgiving._engine = Wrong(forgiving._engine, "patients")
+    for _ in range(2):
+        assert_equal((forgiving, reference), texts)
+    assert forgiving.engine == reference.engine
+    assert capsys.readouterr().err.count("its ids of 'patients' differ from those of tokenizers") == 1
+    strict = open_tokenizer(kind, path, "fast")
+    strict._engine = Wrong(strict._engine, "patients")
+    with pytest.raises(UserError, match=r"'patients' differ .*; run again with --tokenizer-engine reference"):
+        strict.encode_flat(texts)
+
+
+class Panic(BaseException):
+    """As pyo3 has it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it broke"), Panic("it broke\nand more")])
+def test_an_engine_that_breaks_is_not_used(tmp_path, capsys, monkeypatch, error):
+    def broken(definition):
+        raise error
+
+    monkeypatch.setattr(fast_tokenizer, "_gigatoken", broken)
+    kind, path = saved(gpt2, tmp_path)
+    assert chosen_engine(open_tokenizer(kind, path)) == "reference"
+    assert capsys.readouterr().err.endswith("which cannot be used: it broke\n")
+
+
+def test_a_missing_package_is_said(tmp_path, capsys, monkeypatch):
+    kind, path = saved(gpt2, tmp_path)
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    assert chosen_engine(open_tokenizer(kind, path)) == "reference"
+    assert "not installed (pip install gigatoken)" in capsys.readouterr().err
