@@ -59,8 +59,10 @@ def _check_guard(config: Config) -> None:
     guard, best = config.guard, config.save.best
     if guard is not None:
         _check_metric("guard.metric", guard.metric, config)
-        if 0 not in config.eval.at:
-            raise UserError("guard compares with the evaluation at step 0; put 0 into eval.at")
+        of_tasks = config.eval.tasks_at is not None and not guard.metric.startswith("validation/")
+        if 0 not in ((config.eval.tasks_at or []) if of_tasks else config.eval.at):
+            key = "eval.tasks_at" if of_tasks else "eval.at"
+            raise UserError(f"guard compares with the evaluation at step 0; put 0 into {key}")
         if guard.action == "rollback" and best is None:
             raise UserError("guard.action rollback goes back to the best checkpoint; say which is best in save.best")
     if best is not None and not best.weights:
@@ -71,6 +73,8 @@ def _check_guard(config: Config) -> None:
 
 def _check_metric(key: str, name: str, config: Config) -> None:
     if re.fullmatch(r"(task|suite)/[^/]+/[^/]+", name):
+        if not config.eval.tasks:
+            raise UserError(f"{key}: '{name}' is of a task, and eval.tasks names none; add it there")
         return
     kind, _, rest = name.partition("/")
     eval_set, _, metric = rest.rpartition("/")

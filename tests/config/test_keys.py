@@ -96,6 +96,11 @@ eval.sets.NAME
 eval.at
 eval.every
 eval.iters
+eval.tasks
+eval.task_data
+eval.task_limit
+eval.tasks_at
+eval.tasks_every
 diagnostics.weight_update.at
 diagnostics.weight_update.every
 diagnostics.weight_update.layers
@@ -105,11 +110,6 @@ diagnostics.gradient_probe.domain
 guard.metric
 guard.max_drop
 guard.action
-eval.tasks
-eval.task_data
-eval.task_limit
-eval.tasks_at
-eval.tasks_every
 init.checkpoint
 init.hf
 init.gate
