@@ -215,7 +215,7 @@ def kill_in_the_middle(line, folder):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_three_times_the_same_command_goes_on_to_the_same_bytes(tmp_path, models, workers):
-    texts = [f"the {'first ' * (i % 97)} and the last {i}" for i in range(80_000)]
+    texts = [f"the {'first ' * (i % 97)} and the last {i}" for i in range(40_000)]
     rows = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(rows[:10_000]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(rows[10_000:]).encode(), 1))
@@ -269,7 +269,7 @@ def test_a_file_damaged_in_the_middle_is_named_and_the_files_before_it_are_kept(
 
 
 def test_after_a_bad_row_the_same_command_with_skip_invalid_goes_on(tmp_path, models):
-    rows = [json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(80_000)]
+    rows = [json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(40_000)]
     (tmp_path / "a.jsonl").write_text("".join([*rows, "{bad\n", *rows[:10]]))
     line = command(tmp_path, models, tmp_path / "a.jsonl")
     assert_refused(run(noting_at_once(line)), "a.jsonl:40001", "documents are kept in ")

@@ -294,7 +294,7 @@ def test_a_run_that_ends_while_datasets_get_their_names_is_finished(tmp_path, mo
         if killed_at in bins:
             patch.setattr("megacpt.data.tokens.outputs.os.replace", replace)
         else:
-            patch.setattr(f"megacpt.data.{calls[killed_at]}", be_killed)
+            patch.setattr(f"megacpt.data.tokens.{calls[killed_at]}", be_killed)
         with pytest.raises(Killed):
             preprocess(job([rows], tmp_path / "out", tokenizer, keys))
     found = list(preprocess(job([rows], tmp_path / "out", tokenizer, keys)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacpt.data.pool import pool
+from megacpt.data.tokens.pool import pool
 from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.processes import AHEAD, LARGE, Processes, WorkerLost
 from megacpt.errors import UserError
