@@ -75,7 +75,8 @@ class Processes:
                 item = next(waiting, NO_ITEM)
             while pending[0].answer is None:
                 busy: list[Any] = [worker for worker in self._workers if worker.tasks]
-                for worker in wait(busy):
+                ready: list[Any] = wait(busy)
+                for worker in ready:
                     worker.listen()
                 if item is not NO_ITEM:
                     break
