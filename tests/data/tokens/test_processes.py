@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacpt.data.tokens.pool import pool
 from megacpt.data.text.rows import WrongRow
+from megacpt.data.tokens.pool import pool
 from megacpt.data.tokens.processes import AHEAD, LARGE, Processes, WorkerLost
 from megacpt.errors import UserError
 
