@@ -23,6 +23,8 @@ from megacpt.model.gpt import LanguageModel, unwrap
 
 POSITIONS_AT_ONCE = 512
 """Positions whose logits are in memory together."""
+MIN_FILL = 0.7
+"""A row shorter than this part of a micro-batch's longest begins another one: padding is computed, too."""
 IN_FLIGHT = 4
 """Micro-batches of one pipeline call, in multiples of the stages: the more, the smaller the idle share."""
 
@@ -61,11 +63,12 @@ def plan_calls(lengths: Sequence[int], batch_tokens: int, stages: int, replicas:
     """
     batches: list[list[int]] = []
     for number in range(len(lengths)):
-        batch = batches[-1] if batches else None
-        if batch is None or (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            batches.append([number])
-        else:
+        batch = batches[-1] if batches else []
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (len(batch) + 1) * longest <= batch_tokens and lengths[number] >= MIN_FILL * longest:
             batch.append(number)
+        else:
+            batches.append([number])
     calls: list[Call] = []
     while batches:
         wanted = -(-len(batches) // (replicas * stages))
