@@ -41,6 +41,7 @@ tiny() {
     select_best
     python tools/plan.py --config examples/quickstart_cpt.yaml
     torchrun --nproc-per-node 2 -m megacpt.train --config examples/quickstart_cpt.yaml
+    python tools/report.py "$run/cpt" --output "$run/report.html" --title "Quickstart: what medicine costs a tiny model"
 }
 
 select_best() { # medical documents that are most like the well-described ones
@@ -96,6 +97,9 @@ The lines "validation loss of ..." above say what the two losses did.
   continued model     $run/cpt/checkpoints
   numbers of its run  $run/cpt/metrics.jsonl, or: $(dirname "$(command -v python)")/tensorboard --logdir $run
 WHERE
+if [[ -f $run/report.html ]]; then
+    echo "  the report          $run/report.html"
+fi
 if [[ -d $run/cpt/hf ]]; then
     echo "  for transformers    $run/cpt/hf"
 fi
