@@ -213,7 +213,7 @@ BREACHES: list[tuple[Rule, dict[str, str]]] = [
     (upward_or_sideways, {"megacpt/errors.py": "from megacpt import files"}),
     (upward_or_sideways, {"tools/a.py": "import b", "tools/b.py": ""}),
     (data_flows_back, {"megacpt/data/text/a.py": "from megacpt.data.tokens.b import c"}),
-    (data_flows_back, {"megacpt/data/subset/a.py": "def f():\n    import megacpt.data.mixture.mixture.b"}),
+    (data_flows_back, {"megacpt/data/subset/a.py": "def f():\n    import megacpt.data.mixture.b"}),
     (kernels_know_us, {"kernels/a.py": "from megacpt.errors import UserError"}),
     (kernels_know_us, {"kernels/a.py": "def f():\n    import megatron.core"}),
     (data_knows_process_groups, {"megacpt/data/a.py": "import torch\nx = torch.distributed.get_rank"}),
