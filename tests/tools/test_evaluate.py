@@ -1,6 +1,8 @@
 """tools/evaluate.py: what it writes, pairs and says, alone and on two ranks, and how it tells of mistakes."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -32,19 +34,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def evaluate(arguments: list[str]) -> int:
-    """The tool on this rank; its exit code."""
+def evaluate(arguments: list[str]) -> tuple[int, str]:
+    """The tool on this rank; its exit code and what it said."""
     spec = importlib.util.spec_from_file_location("megacpt_tool_evaluate", REPOSITORY / "tools" / "evaluate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    code = module.main(arguments)
+    # Ranks share the stdout of whoever started the fork server, which pytest may have stopped capturing.
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = module.main(arguments)
     assert isinstance(code, int)
-    return code
+    return code, said.getvalue()
 
 
-def test_results_items_and_a_comparison(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_results_items_and_a_comparison(folder: Path) -> None:
     common = [
         "--hf",
         str(folder / "base"),
@@ -57,8 +61,8 @@ def test_results_items_and_a_comparison(folder: Path, capfd: pytest.CaptureFixtu
     ]
     run_ranks(evaluate, 1, [*common, "--output", str(folder / "one.json")])
     compared = [*common, "--compare", str(folder / "one.jsonl"), "--tensor-model-parallel-size", "2"]
-    assert run_ranks(evaluate, 2, [*compared, "--output", str(folder / "two.json")]) == [0, 0]
-    said = capfd.readouterr().out
+    (first, said), (second, nothing) = run_ranks(evaluate, 2, [*compared, "--output", str(folder / "two.json")])
+    assert (first, second, nothing) == (0, 0, "")
     assert "general-10: no mean, absent: arc_challenge, arc_easy" in said
     assert "+0.0000 (+0.0000 to +0.0000) against the other, within the noise" in said
     one, two = (json.loads((folder / f"{name}.json").read_text()) for name in ("one", "two"))
