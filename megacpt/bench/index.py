@@ -52,8 +52,7 @@ def first_batch(prefixes: list[str]) -> dict[str, float]:
     per_pass = sum(corpus.tokens for corpus in corpora.values()) // SEQ_LENGTH // 5 * 4
     mixture = solve(sources, SEQ_LENGTH, 1024, 1234, course=Course(Passes(per_pass, 4)))
     blend = BlendedDataset(mixture, corpora, VOCABULARY)
-    for stream in blend.streams:
-        stream.order(0)
+    blend.prepare(0)
     ready = time.perf_counter() - began
     for k in range(1024):
         blend.sample(k)
@@ -68,7 +67,7 @@ def first_batch(prefixes: list[str]) -> dict[str, float]:
 
 def measure(recorder: Recorder, folder: Path, documents: int, sources: int) -> None:
     """Rows on the first batch, in a process of its own so that its memory is its own."""
-    prefixes = make_corpora(folder, sources, documents)
+    prefixes = make_corpora(folder / f"{documents}_{sources}", sources, documents)
     case = f"{documents / 1e6:g}M documents, {sources} sources, 4 passes"
     code = (
         "import sys, json, resource\nfrom megacpt.bench.index import first_batch\n"

@@ -77,6 +77,8 @@ def _training_batches(plan: Plan, batch_layout: BatchLayout) -> Iterator[Batch] 
         return None
     dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     size = plan.mixture.global_batch_size
+    if plan.first_iteration < plan.last_iteration:
+        dataset.prepare(plan.first_iteration * size)
     span = range(plan.first_iteration * size, plan.last_iteration * size)
     return micro_batches(dataset, batch_layout, span, plan.config.data.num_workers, documents)
 

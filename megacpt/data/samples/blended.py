@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -17,6 +18,10 @@ from megacpt.errors import UserError
 
 PADDING = 0
 """The token after the end of a pass: never a target, and any token that every vocabulary has will do."""
+
+
+THREADS = 8
+"""Passes that are shuffled at a time when a run begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,18 @@ class BlendedDataset:
             SourceStream(corpora[source.name], source.name, mixture.seq_length, mixture.seed, vocab_size)
             for source in mixture.sources
         ]
+
+    def prepare(self, k: int) -> None:
+        """Shuffle the passes that global samples from k on begin in, all sources at once, before they are asked for."""
+        segment = self.mixture.segment(k)
+        taken = segment.taken(k)
+        coming = [
+            (stream, draw.locate(count)[0])
+            for stream, draw, count, samples in zip(self.streams, segment.draws, taken, segment.counts, strict=True)
+            if samples
+        ]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="shuffle") as pool:
+            list(pool.map(lambda entry: entry[0].order(entry[1]), coming))
 
     def sample(self, k: int) -> Sample:
         """Global sample k; beyond the end of the mixture the largest source goes on.

@@ -145,6 +145,16 @@ def check_ledger(mixture: Mixture, corpora: dict[str, Corpus], size: int) -> Non
     assert entries == expected
 
 
+def test_preparing_shuffles_the_passes_that_are_read_next(corpus: Make):
+    corpora = corpora_of(corpus, {"domain": 200, "general": 90})
+    blend = BlendedDataset(mixture_over(corpora, Course(Passes(250, 4)), general="once"), corpora, VOCABULARY)
+    blend.prepare(610)
+    ready = [stream._shuffled.cache_info().currsize for stream in blend.streams]
+    for k in range(610, 640):
+        blend.sample(k)
+    assert ready == [1, 1] == [stream._shuffled.cache_info().misses for stream in blend.streams]
+
+
 def test_the_ledger_without_passes_is_one_stretch(corpus: Make):
     corpora = corpora_of(corpus, {"domain": 200, "general": 90})
     mixture = mixture_over(corpora, Course(), Budget(train_iters=60))
