@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,20 +55,23 @@ def timed(command: Sequence[str], cores: int, environment: dict[str, str] | None
     def bind() -> None:
         os.sched_setaffinity(0, allowed)
 
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=bind,
-        env=os.environ | (environment or {}),
-        text=True,
-    )
-    said = process.communicate()[0]
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {said.strip()[-500:]}")
-    return Timed(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3)
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            preexec_fn=bind,
+            env=os.environ | (environment or {}),
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            told = " ".join(said.read().split())[-300:]
+            raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {told}")
+    return Timed(seconds, usage.ru_maxrss / 1e3)
 
 
 def head_of(text: Path, megabytes: float, folder: Path) -> Path:
@@ -141,7 +144,7 @@ def measure(recorder: Recorder, case: Case, cores: int) -> None:
         recorder.add("preprocess", title, OURS, case.megabytes / done.seconds, "MB/s", "wall, start-up included")
         recorder.add("preprocess", title, OURS, case.megabytes / max(1e-9, done.seconds - start), "MB/s working")
         recorder.add("preprocess", title, OURS, start, "s start-up")
-        recorder.add("preprocess", title, OURS, done.resident, "MB resident", "largest process")
+        recorder.add("preprocess", title, OURS, done.resident, "MB resident", "main process")
         for tool, peer in _peers(case):
             _measure_peer(recorder, (title, tool, expected), case, peer, workers)
 
@@ -167,7 +170,11 @@ def _measure_peer(
     text = case.text if fast else head_of(case.text, SLOW_MB, case.folder)
     environment = {"PYTHONPATH": str(case.megatron)} if case.megatron is not None else {}
     command, prefix = peer(case, text, workers)
-    done = timed(command, workers, environment)
+    try:
+        done = timed(command, workers, environment)
+    except UserError as error:
+        recorder.add("preprocess", title, tool, 0, "MB/s", f"did not run: {str(error)[-120:]}")
+        return
     if not fast and _sha(prefix) != expected:
         recorder.add("preprocess", title, tool, 0, "MB/s", "writes other tokens: no speed is told of it")
         return
