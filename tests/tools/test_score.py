@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,10 +146,22 @@ def test_kill_9_and_again(small: Path, tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-def test_ray_gives_the_same_scores(small: Path, tmp_path: Path, run: Run) -> None:
+def test_ray_gives_the_same_scores(small: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster that runs here and that nothing names; in a folder of its own, for other tests have clusters too."""
+    from ray.cluster_utils import Cluster
+
     base = ["--input", small / "corpus.jsonl", "--model", small / "model.arpa", "--output"]
     assert run("score", *base, tmp_path / "one")[0] == 0
-    code, _, err = run("score", *base, tmp_path / "ray", "--engine", "ray", "--workers", 2)
+    # Short, for the names of sockets in it are limited.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as place:
+        monkeypatch.setenv("RAY_TMPDIR", place)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        try:
+            code, _, err = run("score", *base, tmp_path / "ray", "--engine", "ray", "--workers", 2)
+        finally:
+            cluster.shutdown()
     assert code == 0, err
     assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
 

@@ -1,13 +1,12 @@
 """One function over many items, results in the items' order, in bounded memory: here, in processes, or on Ray."""
 
-import logging
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megacpt.data.tokens.processes import AHEAD, Processes, WorkerLost
+from megacpt.data.tokens.cluster import connected, fetched, import_ray
+from megacpt.data.tokens.processes import AHEAD, Processes
 from megacpt.errors import UserError
 
 ENGINES = ("local", "ray")
@@ -51,32 +50,16 @@ def pool[Item, Result](
 def _on_ray[Item, Result](
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray: ray is not installed; pip install 'megacpt[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            ray.init(**options, **({"num_cpus": workers, "include_dashboard": False} if address is None else {}))
-        except ConnectionError as error:
-            raise UserError(
-                f"--engine ray: no cluster answers at RAY_ADDRESS={address}; start it, or unset it"
-            ) from error
-    task = ray.remote(num_cpus=1)(_or_error).options(max_retries=3)
-    pending: deque[Any] = deque()
-    try:
+    ray = import_ray()
+    with connected(ray, workers):
+        task = ray.remote(num_cpus=1)(_or_error).options(max_retries=3)
+        pending: deque[Any] = deque()
         for item in items:
             pending.append(task.remote(function, item))
             if len(pending) >= AHEAD * workers:
-                yield _fetched(ray, pending.popleft())
+                yield _result(ray, pending.popleft())
         while pending:
-            yield _fetched(ray, pending.popleft())
-    finally:
-        if started:
-            ray.shutdown()
+            yield _result(ray, pending.popleft())
 
 
 def _or_error(function: Callable[[Any], Any], item: Any) -> tuple[Any, UserError | None]:
@@ -87,14 +70,8 @@ def _or_error(function: Callable[[Any], Any], item: Any) -> tuple[Any, UserError
         return None, error
 
 
-def _fetched(ray: Any, reference: Any) -> Any:
-    try:
-        result, error = ray.get(reference)
-    except ray.exceptions.RayTaskError:
-        raise
-    except ray.exceptions.RayError as loss:
-        reason = str(loss).splitlines()[0]
-        raise WorkerLost(f"--engine ray: a task was lost for good ({reason}); run the same command again") from loss
+def _result(ray: Any, task: Any) -> Any:
+    result, error = fetched(ray, task)
     if error is not None:
         raise error
     return result

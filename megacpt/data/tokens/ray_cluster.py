@@ -1,7 +1,6 @@
 """Encoding on a Ray cluster: blocks travel to tasks and tokens come back, in order; files are read and written here."""
 
 import os
-import socket
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from megacpt.data.text.documents import Block
 from megacpt.data.text.rows import WrongRow
+from megacpt.data.tokens.cluster import connected, fetched, import_ray
 from megacpt.data.tokens.encode import EncodedBlock, Encoding, encode_block
 from megacpt.data.tokens.fast_tokenizer import open_tokenizer
 from megacpt.data.tokens.tokenizer import Tokenizer
@@ -17,13 +17,12 @@ from megacpt.data.tokens.workers import Encode
 from megacpt.errors import UserError
 
 TASK_BYTES = 1 << 22
-SECONDS_TO_ANSWER = 10.0
 TASKS_PER_CPU = 2
 """Tasks in flight for each CPU: one that runs, and one whose blocks are on their way."""
 
 
 def encode_on_ray(encoding: Encoding, sha256: str, workers: int | None) -> Encode:
-    """In tasks of one CPU each on the cluster that RAY_ADDRESS names or that runs here, else on a local one.
+    """In tasks of one CPU each on a cluster; see `cluster`.
 
     Every node needs megacpt, and the tokenizer at the same path.
 
@@ -34,45 +33,13 @@ def encode_on_ray(encoding: Encoding, sha256: str, workers: int | None) -> Encod
     Raises:
         UserError: ray is not installed.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray: ray is not installed; pip install 'megacpt[ray]'") from error
+    ray = import_ray()
 
     def encoded(blocks: Iterable[Block]) -> Generator[EncodedBlock, None, None]:
-        started = _connect(ray, workers)
-        try:
+        with connected(ray, workers):
             yield from _in_order(ray, blocks, encoding, sha256, workers)
-        finally:
-            if started:
-                ray.shutdown()
 
     return encoded
-
-
-def _connect(ray: Any, workers: int | None) -> bool:
-    """Join a cluster, or start one here; whether this process did either (and must leave)."""
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    named = os.environ.get("RAY_ADDRESS", "")
-    try:
-        _knock(named)
-        ray.init(address=named or "auto", **quiet)
-    except OSError as error:
-        if named:
-            raise UserError(
-                f"--engine ray: no cluster answers at RAY_ADDRESS={named}; start it, or unset RAY_ADDRESS"
-            ) from error
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
-    return True
-
-
-def _knock(address: str) -> None:
-    """Raise where nobody listens at HOST:PORT: ray itself tries for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 def _in_order(
@@ -111,13 +78,7 @@ def _grouped(blocks: Iterable[Block]) -> Iterator[tuple[list[Block], int]]:
 
 def _result(ray: Any, task: Any, group: Sequence[Block]) -> list[EncodedBlock]:
     """What became of the blocks, of which `group` says where they were."""
-    try:
-        found, error = ray.get(task)
-    except ray.exceptions.RayError as error:
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--engine ray: a task was lost for good ({reason}); run the same command again") from error
+    found, error = fetched(ray, task)
     if error is not None:
         raise error.named(group[len(found)]) if isinstance(error, WrongRow) else error
     return found
