@@ -1,4 +1,7 @@
-"""The exceptions that a user is meant to see."""
+"""The exceptions that a user is meant to see, and how a command line tells of them."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -10,3 +13,23 @@ class UserError(Exception):
 
 class DiskError(UserError):
     """A UserError that blames the place written to: what has been finished there is good, and may be gone on from."""
+
+
+def exit_code(work: Callable[[], object], interrupted: str | None = None) -> int:
+    """Do a tool's work: 0 when it is done, 2 after a user's mistake, which is told on stderr.
+
+    Args:
+        interrupted: what to say of Ctrl-C before exit code 130, unless the interruption has words of its own; None
+            leaves it to Python.
+    """
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        if interrupted is None:
+            raise
+        print(f"error: {str(interruption) or interrupted}", file=sys.stderr)
+        return 130
+    return 0

@@ -125,6 +125,24 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_beside(path: str | Path) -> Path:
+    """`PATH.json`, where a file's record lies; the path may itself contain dots."""
+    return Path(f"{path}.json")
+
+
+def read_json(path: Path, form: str) -> dict[str, Any]:
+    """The JSON object in a file that calls itself `form` under the key "format".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError, ValueError: it cannot be read, or is something else.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.get("format") != form:
+        raise ValueError(f"its format is not {form!r}")
+    return found
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content, read in blocks."""
     with open(path, "rb") as handle:

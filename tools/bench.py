@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megacpt.bench.rows import Recorder, append, describe_cpu, write_readme
-from megacpt.errors import UserError
+from megacpt.errors import UserError, exit_code
 
 PARTS = ("preprocess", "scoring", "index", "read")
 
@@ -73,19 +73,19 @@ def data(options: argparse.Namespace, work: Path) -> Recorder:
     return recorder
 
 
+def record(options: argparse.Namespace) -> None:
+    """Measure, and write the rows."""
+    with tempfile.TemporaryDirectory() as temporary:
+        recorder = data(options, options.work or Path(temporary))
+    append(options.output / f"{options.command}.csv", recorder.rows)
+    write_readme(options.output)
+    print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
     options = parse(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            recorder = data(options, options.work or Path(temporary))
-        append(options.output / f"{options.command}.csv", recorder.rows)
-        write_readme(options.output)
-        print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: record(options))
 
 
 if __name__ == "__main__":

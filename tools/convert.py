@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from megacpt.config.tree import Model
-from megacpt.errors import UserError
 from megacpt.model.hf.unfinished import Report
 from megacpt.runtime.setup import (
     Layout,
-    another_spoke,
     die_with_launcher,
-    first_to_speak,
+    exit_code_of_rank,
     quiet_third_parties,
     setup,
     teardown,
@@ -79,6 +79,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that --dtype names; None where it names none."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[name]
+
+
 def say(text: str, stream: str = "stdout") -> None:
     """Print once, whatever the number of ranks."""
     if is_first_rank():
@@ -87,7 +92,6 @@ def say(text: str, stream: str = "stdout") -> None:
 
 def import_(options: argparse.Namespace) -> None:
     """Import, gate, save."""
-    import torch
 
     from megacpt.model.hf.reference import require_transformers
     from megacpt.train.exchange import Conversion, check_import_layout, import_model
@@ -102,7 +106,7 @@ def import_(options: argparse.Namespace) -> None:
     origin = open_hf(options.hf)
     check_import_layout(origin, model, options.output)
     setup(layout, seed=0)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype]
+    dtype = dtype_of(options.dtype)
     with progress(origin.architecture.parameters // (tp * pp), "import") as report:
         job = Conversion(options.output, dtype, gate=not options.no_gate)
         folder, verdict = import_model(origin, model, job, report)
@@ -115,14 +119,13 @@ def import_(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Export."""
-    import torch
 
     from megacpt.train.exchange import HFOutput, architecture_in, checkpoint_at, export_checkpoint
 
     checkpoint = checkpoint_at(options.checkpoint)
     if world_size() > 1:
         setup(Layout(world_size()), seed=0)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[options.dtype]
+    dtype = dtype_of(options.dtype)
     output = HFOutput(options.output, dtype, options.tokenizer, int(options.shard_gb * 1e9))
     with progress(architecture_in(checkpoint).parameters // world_size(), "export") as report:
         export_checkpoint(checkpoint, output, report)
@@ -135,18 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     die_with_launcher()
     quiet_third_parties()
     try:
-        (import_ if options.command == "import" else export)(options)
-    except UserError as error:
-        if first_to_speak():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError:
-        if another_spoke():
-            return 2
-        raise
+        return exit_code_of_rank(lambda: (import_ if options.command == "import" else export)(options))
     finally:
         teardown()
-    return 0
 
 
 if __name__ == "__main__":

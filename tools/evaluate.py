@@ -20,9 +20,8 @@ from megacpt.errors import UserError
 from megacpt.eval.suites import GROUPS, SUITES, select
 from megacpt.runtime.setup import (
     Layout,
-    another_spoke,
     die_with_launcher,
-    first_to_speak,
+    exit_code_of_rank,
     quiet_third_parties,
     setup,
     teardown,
@@ -141,18 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     die_with_launcher()
     quiet_third_parties()
     try:
-        run(options)
-    except UserError as error:
-        if first_to_speak():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError:
-        if another_spoke():
-            return 2
-        raise
+        return exit_code_of_rank(lambda: run(options))
     finally:
         teardown()
-    return 0
 
 
 if __name__ == "__main__":

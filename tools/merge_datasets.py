@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megacpt.data.tokens.merge import merge
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,23 +30,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
     options = parse(arguments)
-    try:
-        manifest = merge(options.input, options.output_prefix, options.overwrite, _warn)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(options), "interrupted; nothing was written")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Merge, and say what came of it."""
+    manifest = merge(options.input, options.output_prefix, options.overwrite, _warn)
     if manifest is None:
         print(f"{options.output_prefix}: {len(options.input)} datasets merged, without a manifest")
-        return 0
+        return
     duplicates = f", {manifest.duplicates:,} duplicates dropped" if manifest.duplicates else ""
     print(
         f"{options.output_prefix}: {manifest.documents:,} documents ({manifest.empty_documents:,} empty{duplicates}), "
         f"{manifest.tokens:,} tokens of {len(options.input)} datasets"
     )
-    return 0
 
 
 def _warn(words: str) -> None:

@@ -9,7 +9,7 @@ from megacpt.data.scores.overlap import NGRAM, EvalOverlap, Evaluation
 from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
 from megacpt.data.text.provenance import Filters
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 
 
 def run(options: argparse.Namespace) -> list[EvalOverlap]:
@@ -33,14 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--eval-keys", nargs="+", default=[], metavar="KEY", help="look at these keys of an item (default: all)")
     add("--ngram", type=int, default=NGRAM, metavar="N", help="words in a row that make an overlap")
     add("--skip-invalid", action="store_true", help="pass over bad rows instead of stopping at the first")
-    try:
-        entries = run(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for entry in entries:
-        print(entry.sentence())
-    return 0
+
+    def work() -> None:
+        for entry in run(parser.parse_args(arguments)):
+            print(entry.sentence())
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

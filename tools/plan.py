@@ -14,7 +14,7 @@ from typing import Any
 
 from megacpt.config.load import load_config
 from megacpt.data.mixture.ledger import Entry, ledger, ledger_table, table
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 from megacpt.files import write_json
 
 
@@ -36,7 +36,7 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """
     # Late: a wrong key should be told before torch is loaded.
     config = load_config(options.config, options.overrides)
-    from megacpt.data.samples.blended import SourceStream
+    from megacpt.data.samples.blended import BlendedDataset
     from megacpt.runtime.setup import quiet_third_parties
 
     quiet_third_parties()
@@ -45,12 +45,8 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     model = config.model
     ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     made = make_plan(config, options.world_size or ranks, on_gpu=False)
-    mixture, size = made.mixture, config.data.seq_length
-    streams = {
-        name: SourceStream(corpus, name, size, mixture.seed, made.vocabulary.size)
-        for name, corpus in made.corpora.items()
-    }
-    entries = ledger(mixture, streams)
+    mixture = made.mixture
+    entries = ledger(mixture, BlendedDataset(mixture, made.corpora, made.vocabulary.size).streams)
     unread = unread_of(entries, {source.name: source.tokens for source in mixture.sources})
     lines = [table(mixture), *(f"note: {note}" for note in made.notes), "", ledger_table(entries), "", *told(unread)]
     values = {
@@ -78,18 +74,18 @@ def told(unread: dict[str, tuple[int, int]]) -> list[str]:
     ] or ["not read: nothing; every token of every source is read"]
 
 
+def tell(options: argparse.Namespace) -> None:
+    """Print the tables, and write them where that is asked for."""
+    text, values = plan(options)
+    print(text)
+    if options.json is not None:
+        write_json(options.json, values)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
     options = parse(arguments)
-    try:
-        text, values = plan(options)
-        print(text)
-        if options.json is not None:
-            write_json(options.json, values)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: tell(options))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megacpt.data.tokens.manifest import Manifest
 from megacpt.data.tokens.preprocess import ENGINES, Job, preprocess
 from megacpt.data.tokens.shards import WHOLE, parse_shard
 from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 
 
 def parse(arguments: Sequence[str] | None = None) -> Job:
@@ -114,16 +114,12 @@ def summary(prefix: str, manifest: Manifest) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
-    try:
+
+    def work() -> None:
         for prefix, manifest in preprocess(parse(arguments)).items():
             print(summary(prefix, manifest))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        print(f"error: {str(interruption) or 'interrupted; nothing was written'}", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import orjson
 
-from megacpt.errors import UserError
+from megacpt.errors import UserError, exit_code
 from megacpt.files import atomic_write
 
 QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
@@ -150,13 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--valid-percent", type=int, default=5, choices=range(1, 80), metavar="1..79")
     options = parser.parse_args(arguments)
     library = Path(sysconfig.get_paths()["stdlib"])
-    try:
+
+    def work() -> None:
         write_splits("medical", medical_documents(), options.output_dir, options.valid_percent, REFERENCE_PERCENT)
         write_splits("general", general_documents(library), options.output_dir, options.valid_percent)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 from megacpt.files import write_text
 from megacpt.report.arms import make_arms
 from megacpt.report.named import read_named
@@ -57,15 +57,9 @@ def report(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
     options = parse(arguments)
-    try:
-        if options.watch:
-            watch(lambda: read_named(options.runs, options.group)[0], options.every)
-        else:
-            report(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.watch:
+        return exit_code(lambda: watch(lambda: read_named(options.runs, options.group)[0], options.every))
+    return exit_code(lambda: report(options))
 
 
 if __name__ == "__main__":

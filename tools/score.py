@@ -25,7 +25,7 @@ from megacpt.data.scores.scoring import ScorerSpec
 from megacpt.data.text.filtering import DEDUP
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.pool import ENGINES
-from megacpt.errors import UserError
+from megacpt.errors import UserError, exit_code
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -118,15 +118,12 @@ def normalization(text: str | None) -> Normalization | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
-    try:
-        options = parse(arguments)
-        manifest = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code(lambda: tell(parse(arguments)), "interrupted; the same command goes on from here")
+
+
+def tell(options: argparse.Namespace) -> None:
+    """Score, and say what came of it."""
+    manifest = run(options)
     values = np.asarray(map_values(options.output, np.dtype("<f4")))
     finite = values[np.isfinite(values)]
     quartiles = ", ".join(f"{value:.4g}" for value in np.quantile(finite, (0.25, 0.5, 0.75))) if len(finite) else "none"
@@ -134,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.output}: {manifest.documents:,} documents ({manifest.unscored:,} without a word) scored by "
         f"{manifest.scorer['name']}, {manifest.direction.replace('_', ' ')}; quartiles {quartiles}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from megacpt.config.quantity import parse_count, parse_share
 from megacpt.data.scores.histogram import plot_scores
 from megacpt.data.subset.select_run import Selected, SelectJob, select
 from megacpt.data.subset.selection import ORDERS
-from megacpt.errors import UserError
+from megacpt.errors import UserError, exit_code
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,18 +90,17 @@ def draw(path: Path, selected: Selected) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
-    try:
-        options = parse(arguments)
-        manifest = run(options).manifest
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: tell(parse(arguments)))
+
+
+def tell(options: argparse.Namespace) -> None:
+    """Select, and say what came of it."""
+    manifest = run(options).manifest
     ending = "" if manifest.threshold is None else f", scores {manifest.best:.4g} to {manifest.threshold:.4g}"
     print(
         f"{options.output}: {manifest.documents:,} of {manifest.dataset['documents']:,} documents, "
         f"{manifest.tokens:,} of {manifest.dataset['tokens']:,} tokens, {manifest.order}{ending}"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from megacpt.data.scores.normalize import PUNCTUATION, Normalization
 from megacpt.data.scores.overlap import NGRAM, EvalOverlap
 from megacpt.data.text.filtering import DEDUP
 from megacpt.data.text.provenance import Filters
-from megacpt.errors import UserError
+from megacpt.errors import exit_code
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainJob:
@@ -75,20 +75,16 @@ def summary(job: TrainJob, record: ModelRecord) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; 0 when done, 2 on a user's mistake."""
-    try:
-        job = parse(arguments)
-        record = train(job)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(parse(arguments)), "interrupted; nothing was written")
+
+
+def run(job: TrainJob) -> None:
+    """Train, and say what came of it."""
+    record = train(job)
     for entry in record.overlap:
         if entry["overlapping"]:
             print(f"warning: the reference overlaps {EvalOverlap(**entry).sentence()}", file=sys.stderr)
     print(summary(job, record))
-    return 0
 
 
 if __name__ == "__main__":

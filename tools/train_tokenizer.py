@@ -17,7 +17,7 @@ from pathlib import Path
 import orjson
 import sentencepiece
 
-from megacpt.errors import UserError
+from megacpt.errors import UserError, exit_code
 from megacpt.files import atomic_write
 
 
@@ -103,16 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-megabytes", type=float, default=64, help="train on a sample of at most this much text")
     parser.add_argument("--output", type=Path, required=True, metavar="MODEL")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         texts = sample(documents(options.input, options.json_key), int(options.max_megabytes * 1e6))
         model = train(texts, options.vocab_size)
         with atomic_write(options.output) as handle:
             handle.write(model)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: {options.vocab_size:,} pieces from {len(texts):,} documents")
-    return 0
+        print(f"{options.output}: {options.vocab_size:,} pieces from {len(texts):,} documents")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megacpt.files import make_folder, write_text
+from megacpt.files import atomic_write, write_text
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,11 @@ def describe_cpu() -> str:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a CSV file, atomically."""
-    make_folder(path.parent)
     lines = read(path) + list(rows)
-    with open(path.with_name(f".{path.name}.partial"), "w", encoding="utf-8", newline="") as handle:
+    with atomic_write(path, "w") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in lines)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(path.with_name(f".{path.name}.partial"), path)
 
 
 def read(path: Path) -> list[Row]:

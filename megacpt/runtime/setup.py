@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -175,6 +176,21 @@ def first_to_speak() -> bool:
 def another_spoke() -> bool:
     """Whether some rank of the group has told the user of an error; the others then fall over in a collective."""
     return dist.is_initialized() and _get_default_store().check([SPOKEN])
+
+
+def exit_code_of_rank(work: Callable[[], object]) -> int:
+    """Do the work of one rank: 0 when it is done, 2 after a user's mistake, on this rank or another, told once."""
+    try:
+        work()
+    except UserError as error:
+        if first_to_speak():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError:
+        if another_spoke():
+            return 2
+        raise
+    return 0
 
 
 def teardown() -> None:

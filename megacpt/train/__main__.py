@@ -10,9 +10,8 @@ import torch
 from megacpt.config.load import load_config
 from megacpt.errors import UserError
 from megacpt.runtime.setup import (
-    another_spoke,
     die_with_launcher,
-    first_to_speak,
+    exit_code_of_rank,
     quiet_third_parties,
     setup,
     teardown,
@@ -86,17 +85,7 @@ def is_first_rank() -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after a user's mistake, told once."""
-    try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        if first_to_speak():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError:
-        if another_spoke():
-            return 2
-        raise
-    return 0
+    return exit_code_of_rank(lambda: run(parse(sys.argv[1:] if arguments is None else arguments)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megacpt.config.load import dump_config
 from megacpt.data.samples.batches import BatchLayout
 from megacpt.errors import UserError
+from megacpt.eval.results import error_row
 from megacpt.eval.validation import EvaluationFailed, evaluate
 from megacpt.model.forward import Batch, run_batches
 from megacpt.model.gpt import LanguageModel
@@ -26,7 +27,7 @@ from megacpt.train.exchange import HFOutput, export_checkpoint
 from megacpt.train.gradient_probe import Probe
 from megacpt.train.guard import Ended, Verdict, Watch, record_end
 from megacpt.train.interchange import megatron_state
-from megacpt.train.metrics import MetricsLog, error_row, mfu, validation_row
+from megacpt.train.metrics import MetricsLog, mfu, validation_row
 from megacpt.train.optimizer import set_learning_rate
 from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.data.samples.blended import EvalSet
-from megacpt.eval.results import line_of
+from megacpt.eval.results import error_row, line_of
 from megacpt.eval.validation import Validation, bits_per_byte
 from megacpt.files import disk_errors, write_text
 from megacpt.train.rows import Row, diagnostic_line, diagnostic_scalars, is_evaluation
@@ -83,11 +83,6 @@ def validation_row(name: str, eval_set: EvalSet, result: Validation) -> Row:
         "accuracy_high": accuracy_high,
         "bits_per_byte": bits_per_byte(result.loss, eval_set),
     }
-
-
-def error_row(name: str, message: str) -> Row:
-    """The row of a set that could not be evaluated, without the common fields."""
-    return {"evaluation_error": name, "message": " ".join(message.split())}
 
 
 def validation_line(row: Row) -> str:

@@ -40,7 +40,6 @@ class Interleaving:
 
     def __init__(self, names: Sequence[str], shares: Sequence[int], seed: int) -> None:
         self.size = len(names)
-        self.period = sum(shares)
         leaves = sorted((source for source in range(self.size) if shares[source]), key=lambda source: names[source])
 
         def grow(part: list[int]) -> Fork | int:

@@ -1,6 +1,6 @@
 """The mixture as tables: what is planned, by arithmetic alone, and what the plan takes of every source's documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -122,16 +122,18 @@ class Entry:
     epochs: Fraction
 
 
-def ledger(mixture: Mixture, streams: Mapping[str, Stream]) -> list[Entry]:
+def ledger(mixture: Mixture, streams: Sequence[Stream]) -> list[Entry]:
     """What every pass of the mixture (or the whole of it, where it has no passes) takes of every source, up to `stop`.
 
     Exact: the shuffles are worked out. Memory: 9 bytes a document of the largest source; time: a shuffle of each source
     for every pass.
+
+    Args:
+        streams: of the mixture's sources, in their order.
     """
     bounds, names = _stretches(mixture)
     entries: dict[int, list[Entry]] = {}
-    for i, source in enumerate(mixture.sources):
-        stream = streams[source.name]
+    for i, (source, stream) in enumerate(zip(mixture.sources, streams, strict=True)):
         read = np.zeros(len(stream.lengths), dtype=np.int32)
         for at, (begin, end) in enumerate(pairwise(bounds)):
             now = np.zeros(len(read), dtype=bool)

@@ -1,6 +1,6 @@
 """Solve a mixture into exact sample counts: what the configuration asks for, checked and turned into integers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import isfinite
@@ -116,8 +116,8 @@ def _segments(
     return tuple(segments)
 
 
-def _shifted(sources: Sequence[Source], weights: object) -> tuple[Source, ...]:
-    assert weights is None or isinstance(weights, dict)
+def _shifted(sources: Sequence[Source], weights: Mapping[str, float] | None) -> tuple[Source, ...]:
+    """The sources, with other weights if there are any; who is left out has none."""
     return tuple(s if weights is None else replace(s, weight=weights.get(s.name, 0.0)) for s in sources)
 
 

@@ -7,7 +7,6 @@ The perplexity of a document is CCNet's: 10 to the power of -(sum of log10 p ove
 every sentence scored from <s> to </s>, so each </s> is one of the things predicted. Sentences are lines.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from megacpt.data.scores.kenlm_build import import_kenlm
 from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
 from megacpt.errors import UserError
-from megacpt.files import sha256_of, write_json
+from megacpt.files import json_beside, read_json, sha256_of, write_json
 
 FORMAT = "megacpt kenlm model 1"
 
@@ -48,14 +47,9 @@ class ModelRecord:
     format: str = FORMAT
 
 
-def record_path(model: Path) -> Path:
-    """`MODEL.json`."""
-    return Path(f"{model}.json")
-
-
 def write_record(model: Path, record: ModelRecord) -> None:
     """Write `MODEL.json` atomically."""
-    write_json(record_path(model), asdict(record))
+    write_json(json_beside(model), asdict(record))
 
 
 def read_record(model: Path) -> ModelRecord | None:
@@ -64,11 +58,9 @@ def read_record(model: Path) -> ModelRecord | None:
     Raises:
         UserError: it is there and is no such record.
     """
-    path = record_path(model)
+    path = json_beside(model)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
+        found = read_json(path, FORMAT)
         normalization_from(found["normalization"])
         return ModelRecord(**found)
     except FileNotFoundError:
@@ -92,12 +84,12 @@ def check_model(model: Path, given: Normalization | None = None) -> tuple[Normal
     if record is None:
         if given is None:
             raise UserError(
-                f"{model}: without {record_path(model).name} nothing says how its text was normalised; "
+                f"{model}: without {json_beside(model).name} nothing says how its text was normalised; "
                 "say it with --normalization (for instance ccnet, or lowercase,digits_to_zero,punctuation=keep)"
             )
         return given, sha256, None
     if record.sha256 != sha256:
-        raise UserError(f"{model}: not the model that {record_path(model).name} describes; train it again")
+        raise UserError(f"{model}: not the model that {json_beside(model).name} describes; train it again")
     made = normalization_from(record.normalization)
     if given is not None and given != made:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from megacpt import __version__
 from megacpt.data.scores.kenlm_build import Programs, build_programs, find_programs, library_version, missing_for_build
-from megacpt.data.scores.kenlm_model import ModelRecord, record_path, write_record
+from megacpt.data.scores.kenlm_model import ModelRecord, write_record
 from megacpt.data.scores.kneser_ney import FALLBACK_DISCOUNTS, LARGEST_REFERENCE, estimate, read_corpus, write_arpa
 from megacpt.data.scores.normalize import Normalization, normalizer
 from megacpt.data.scores.overlap import NGRAM, Evaluation
@@ -22,7 +22,7 @@ from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, disk_errors, make_folder, sha256_of
+from megacpt.files import atomic_write, disk_errors, json_beside, make_folder, sha256_of
 
 TRAINERS = ("auto", "lmplz", "python")
 STRUCTURES = {"probing": ["probing"], "trie": ["trie"], "quantized_trie": ["-q", "8", "-b", "8", "trie"]}
@@ -98,7 +98,7 @@ def _check(job: TrainJob) -> None:
         )
     if job.pruning and job.trainer == "python":
         raise UserError("--pruning needs lmplz: the trainer in Python keeps every n-gram; drop it or --trainer python")
-    if not job.overwrite and (job.output.exists() or record_path(job.output).exists()):
+    if not job.overwrite and (job.output.exists() or json_beside(job.output).exists()):
         raise UserError(f"{job.output}: exists already; pass --overwrite or choose another --output")
 
 
@@ -217,6 +217,6 @@ def _put_in_place(made: Path, output: Path, record: ModelRecord) -> None:
         with atomic_write(output) as handle, open(made, "rb") as content:
             while chunk := content.read(1 << 22):
                 handle.write(chunk)
-            undo.callback(record_path(output).unlink, missing_ok=True)
+            undo.callback(json_beside(output).unlink, missing_ok=True)
             write_record(output, record)
         undo.pop_all()

@@ -15,7 +15,7 @@ import numpy as np
 from megacpt import __version__
 from megacpt.data.scores.corpora import Corpus
 from megacpt.data.scores.score_work import ScoreWork
-from megacpt.data.scores.scores import ScoresManifest, manifest_path, write_scores
+from megacpt.data.scores.scores import ScoresManifest, write_scores
 from megacpt.data.scores.scoring import BlockTask, Scored, ScorerSpec, Task, run_task
 from megacpt.data.text.filtering import DUPLICATES, DigestSet
 from megacpt.data.text.rows import WrongRow
@@ -23,6 +23,7 @@ from megacpt.data.tokens.pool import Run, pool
 from megacpt.data.tokens.processes import WorkerLost
 from megacpt.data.tokens.progress import Progress, Totals
 from megacpt.errors import UserError
+from megacpt.files import json_beside
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def score(job: ScoreJob, corpus: Corpus) -> ScoresManifest:
     """
     if job.workers < 1:
         raise UserError(f"--workers {job.workers}: there must be at least one")
-    if not job.overwrite and (job.output.exists() or manifest_path(job.output).exists()):
+    if not job.overwrite and (job.output.exists() or json_beside(job.output).exists()):
         raise UserError(f"{job.output}: exists already; pass --overwrite or choose another --output")
     # Processes of its own start before the work folder is locked.
     with pool(run_task, job.workers, job.engine) as run:

@@ -5,7 +5,6 @@ has none (it holds no word); no score is NaN.
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.data.tokens.manifest import Manifest
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, sha256_of, write_json
+from megacpt.files import atomic_write, json_beside, read_json, sha256_of, write_json
 
 FORMAT = "megacpt scores 1"
 DIRECTIONS = ("lower_is_better", "higher_is_better")
@@ -62,19 +61,10 @@ class Scores:
     manifest: ScoresManifest
 
 
-def manifest_path(path: Path) -> Path:
-    """`SCORES.json`."""
-    return Path(f"{path}.json")
-
-
 def write_scores(path: Path, values: np.ndarray, manifest: ScoresManifest) -> None:
     """Write both files, the scores last: where they are, their manifest is."""
-    write_json(manifest_path(path), asdict(manifest))
-    with atomic_write(path) as handle:
-        if path.suffix == ".npy":
-            np.save(handle, values.astype("<f4", copy=False))
-        else:
-            handle.write(values.astype("<f4", copy=False).tobytes())
+    write_json(json_beside(path), asdict(manifest))
+    write_values(path, values.astype("<f4", copy=False))
 
 
 def read_manifest(path: Path) -> ScoresManifest:
@@ -83,12 +73,9 @@ def read_manifest(path: Path) -> ScoresManifest:
     Raises:
         UserError: it is missing, or is no such manifest.
     """
-    place = manifest_path(path)
+    place = json_beside(path)
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        return ScoresManifest(**found)
+        return ScoresManifest(**read_json(place, FORMAT))
     except FileNotFoundError as error:
         raise UserError(f"{place}: no such file, which says what {path.name} scores; run tools/score.py") from error
     except (OSError, ValueError, TypeError) as error:
@@ -114,7 +101,7 @@ def open_scores(path: Path, dataset: IndexedDataset, made: Manifest | None) -> S
             f"{path}: {len(values):,} scores, but {dataset.prefix} has {len(dataset):,} documents; score this dataset"
         )
     if sha256_of_values(path, values) != manifest.sha256:
-        raise UserError(f"{path}: not the scores that {manifest_path(path).name} describes; run tools/score.py again")
+        raise UserError(f"{path}: not the scores that {json_beside(path).name} describes; run tools/score.py again")
     bad = np.isnan(values)
     if bad.any():
         raise UserError(
@@ -158,6 +145,15 @@ def _same_corpus(path: Path, scores: ScoresManifest, dataset: IndexedDataset, ma
 def _spelled(filters: dict[str, Any] | None, keys: list[str] | None) -> str:
     named = [f"{name}={value}" for name, value in (filters or {}).items()]
     return ", ".join([*named, f"json_keys={','.join(keys or [])}"])
+
+
+def write_values(path: Path, values: np.ndarray) -> None:
+    """Write a one-dimensional array as `map_values` reads it, atomically: raw, or .npy where the name ends so."""
+    with atomic_write(path) as handle:
+        if path.suffix == ".npy":
+            np.save(handle, values)
+        else:
+            handle.write(np.ascontiguousarray(values).data)
 
 
 def map_values(path: Path, dtype: np.dtype) -> np.ndarray:

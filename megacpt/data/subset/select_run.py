@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from megacpt import __version__
-from megacpt.data.scores import scores as scores_file
 from megacpt.data.scores.overlap import EvalOverlap
 from megacpt.data.scores.scores import Scores, open_scores
 from megacpt.data.subset.selection import ORDERS, Ranking, rank_at_random, rank_by_score, shortest_prefix
-from megacpt.data.subset.subset import SubsetManifest, manifest_path, sha256_of_ids, write_subset
+from megacpt.data.subset.subset import SubsetManifest, sha256_of_ids, write_subset
 from megacpt.data.tokens.indexed import IndexedDataset, bin_path, idx_path, write_index
-from megacpt.data.tokens.manifest import Manifest, read_manifest, write_manifest
-from megacpt.data.tokens.manifest import manifest_path as dataset_manifest_path
+from megacpt.data.tokens.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, sha256_of
+from megacpt.files import atomic_write, json_beside, sha256_of
 
 TOKENS_AT_ONCE = 1 << 22
 
@@ -90,11 +88,11 @@ def _check(job: SelectJob) -> None:
             raise UserError(f"{path}: no such evaluation set; check --eval-set")
     if job.tokens < 1:
         raise UserError("--tokens 0 selects nothing; give a budget such as 5B")
-    outputs = [job.output, manifest_path(job.output)]
+    outputs = [job.output, json_beside(job.output)]
     if job.materialize is not None:
         if Path(job.materialize).resolve() == Path(job.data).resolve():
             raise UserError(f"--materialize {job.materialize}: is the dataset itself; choose another prefix")
-        outputs += [path(job.materialize) for path in (bin_path, idx_path, dataset_manifest_path)]
+        outputs += [path(job.materialize) for path in (bin_path, idx_path, manifest_path)]
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not job.overwrite:
         raise UserError(f"{', '.join(existing)}: exists already; pass --overwrite or choose another name")
@@ -131,7 +129,7 @@ def _described(
         assert job.scores is not None
         used = {
             "sha256": scores.manifest.sha256,
-            "manifest_sha256": sha256_of(scores_file.manifest_path(job.scores)),
+            "manifest_sha256": sha256_of(json_beside(job.scores)),
             "scorer": scores.manifest.scorer,
             "direction": scores.manifest.direction,
         }
@@ -162,7 +160,7 @@ def _copy(prefix: str, dataset: IndexedDataset, ids: np.ndarray, made: Manifest 
         for part in _batches(dataset, ids):
             handle.write(part)
         bin_path(prefix).unlink(missing_ok=True)
-        for path in (idx_path(prefix), dataset_manifest_path(prefix)):
+        for path in (idx_path(prefix), manifest_path(prefix)):
             undo.callback(path.unlink, missing_ok=True)
         write_index(prefix, dataset.dtype.newbyteorder("="), lengths)
         if made is not None:

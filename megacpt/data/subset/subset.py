@@ -5,7 +5,6 @@ smaller subset is a prefix of a larger one.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from megacpt.data.scores.scores import map_values
+from megacpt.data.scores.scores import map_values, write_values
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, write_json
+from megacpt.files import json_beside, read_json, write_json
 
 FORMAT = "megacpt subset 1"
 IDS = np.dtype("<i8")
@@ -61,11 +60,6 @@ class Subset:
     manifest: SubsetManifest
 
 
-def manifest_path(path: Path) -> Path:
-    """`SUBSET.json`."""
-    return Path(f"{path}.json")
-
-
 def sha256_of_ids(ids: np.ndarray) -> str:
     """Hex digest of ids as raw little-endian bytes."""
     return hashlib.sha256(np.ascontiguousarray(ids, dtype=IDS).data).hexdigest()
@@ -73,12 +67,8 @@ def sha256_of_ids(ids: np.ndarray) -> str:
 
 def write_subset(path: Path, ids: np.ndarray, manifest: SubsetManifest) -> None:
     """Write both files, the ids last: where they are, their manifest is."""
-    write_json(manifest_path(path), asdict(manifest))
-    with atomic_write(path) as handle:
-        if path.suffix == ".npy":
-            np.save(handle, ids.astype(IDS, copy=False))
-        else:
-            handle.write(np.ascontiguousarray(ids, dtype=IDS).data)
+    write_json(json_beside(path), asdict(manifest))
+    write_values(path, ids.astype(IDS, copy=False))
 
 
 def read_manifest(path: Path) -> SubsetManifest:
@@ -87,12 +77,9 @@ def read_manifest(path: Path) -> SubsetManifest:
     Raises:
         UserError: it is missing, or is no such manifest.
     """
-    place = manifest_path(path)
+    place = json_beside(path)
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        return SubsetManifest(**found)
+        return SubsetManifest(**read_json(place, FORMAT))
     except FileNotFoundError as error:
         raise UserError(
             f"{place}: no such file, which says what {path.name} is a subset of; run tools/select_subset.py"
@@ -121,7 +108,7 @@ def open_subset(path: str | Path, dataset: IndexedDataset, tokens: int | None = 
     held = sum(int(dataset.lengths[part].sum()) for part in _parts(ids))
     if len(ids) != manifest.documents or held != manifest.tokens:
         raise UserError(
-            f"{path}: {len(ids):,} documents of {held:,} tokens, but {manifest_path(path).name} says "
+            f"{path}: {len(ids):,} documents of {held:,} tokens, but {json_beside(path).name} says "
             f"{manifest.documents:,} of {manifest.tokens:,}; run tools/select_subset.py again"
         )
     if tokens is None:

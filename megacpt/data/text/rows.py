@@ -6,10 +6,9 @@ white space alone hold no row and are passed over.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from megacpt.data.text.documents import Block, Source
+from megacpt.data.text.documents import Block
 from megacpt.errors import UserError
 
 
@@ -153,11 +152,3 @@ def _check_unicode(key: str, value: str) -> None:
     except UnicodeEncodeError as error:
         reason = f"invalid UTF-8: the value of {key!r} has no Unicode character at position {error.start + 1:,}"
         raise BadRow("invalid_utf8", reason) from error
-
-
-def read_documents(paths: Sequence[Path], key: str, skipped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Every row's (where, text) in order; `skipped` as in `parse_block`."""
-    for path in paths:
-        for block in Source(path).blocks([key]):
-            for where, (text,) in parse_block(block, [key], skipped):
-                yield where, text

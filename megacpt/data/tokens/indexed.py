@@ -38,8 +38,6 @@ MOST_TOKENS = (1 << 31) - 1
 """Documents of a dataset with at most so many tokens have lengths that fit into int32."""
 SMALL_VOCABULARY = 65_500
 """Vocabularies below this are stored as uint16, others as int32 (Megatron's rule)."""
-AT_ONCE = 1 << 20
-"""Sequences whose index entries are made at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -110,12 +108,12 @@ def write_pointers(handle: IO[bytes], dtype: np.dtype, lengths: Iterable[np.ndar
 
 def parts(values: np.ndarray) -> Iterator[np.ndarray]:
     """An array piece by piece."""
-    for start in range(0, len(values), AT_ONCE):
-        yield np.asarray(values[start : start + AT_ONCE])
+    for start in range(0, len(values), BLOCK):
+        yield np.asarray(values[start : start + BLOCK])
 
 
 def write_dataset(prefix: str | Path, dtype: np.dtype, documents: Iterable[np.ndarray]) -> None:
-    """Write a whole small dataset, one sequence per document (tests, materialised subsets)."""
+    """Write a whole small dataset, one sequence per document (tests)."""
     lengths: list[int] = []
     with atomic_write(bin_path(prefix)) as handle:
         for document in documents:
@@ -156,6 +154,7 @@ class IndexedDataset:
         self.tokens = self._check_bounds(index, sequences)
         self._one_each = self._check_boundaries(index, sequences, boundaries)
         self.lengths = self.sequences if self._one_each else self._fold()
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -279,13 +278,16 @@ class IndexedDataset:
         Up to half a million documents that is every length. It does not grow with the corpus: a change between the
         blocks that keeps the number of documents and of tokens goes unseen.
         """
+        if self._digest is not None:
+            return self._digest
         digest = hashlib.sha256(f"{self.dtype.str} {len(self.lengths)} {self.tokens}".encode())
         for start, count in _spaced(len(self.lengths)):
             digest.update(np.ascontiguousarray(self.lengths[start : start + count], dtype="<i8").data)
         item = self.dtype.itemsize
         for start, count in _spaced(self._bin.size // item):
             digest.update(self._bin.read(self.dtype, count, start * item).data)
-        return digest.hexdigest()
+        self._digest = digest.hexdigest()
+        return self._digest
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Scan every token and refuse one outside [0, vocab_size).

@@ -9,7 +9,7 @@ from typing import Any
 from megacpt.data.text.provenance import Filters, InputFile
 from megacpt.data.tokens.lengths import LengthStatistics
 from megacpt.errors import UserError
-from megacpt.files import write_json
+from megacpt.files import json_beside, write_json
 
 FORMAT = "megacpt token dataset 1"
 
@@ -84,7 +84,7 @@ class Manifest:
 
 def manifest_path(prefix: str | Path) -> Path:
     """`PREFIX.json`; a prefix may itself contain dots."""
-    return Path(f"{prefix}.json")
+    return json_beside(prefix)
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:

@@ -127,7 +127,7 @@ def test_the_ledger_is_what_the_samples_hold(corpus: Make):
 
 def check_ledger(mixture: Mixture, corpora: dict[str, Corpus], size: int) -> None:
     blend = BlendedDataset(mixture, corpora, VOCABULARY)
-    entries = ledger(mixture, {s.name: stream for s, stream in zip(mixture.sources, blend.streams, strict=True)})
+    entries = ledger(mixture, blend.streams)
     seen: dict[str, set[int]] = {name: set() for name in corpora}
     expected: list[Entry] = []
     bounds = [*range(0, mixture.stop, size), mixture.stop]
@@ -158,7 +158,7 @@ def test_preparing_shuffles_the_passes_that_are_read_next(corpus: Make):
 def test_the_ledger_without_passes_is_one_stretch(corpus: Make):
     corpora = corpora_of(corpus, {"domain": 200, "general": 90})
     mixture = mixture_over(corpora, Course(), Budget(train_iters=60))
-    streams = {n: SourceStream(c, n, 10, 5, VOCABULARY) for n, c in corpora.items()}
+    streams = [SourceStream(c, n, 10, 5, VOCABULARY) for n, c in corpora.items()]
     entries = ledger(mixture, streams)
     # The domain's last sample of a pass over it is not full.
     assert [(e.name, e.source, e.tokens) for e in entries] == [("all", "domain", 3831), ("all", "general", 960)]

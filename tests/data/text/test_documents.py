@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 
 from megacpt.data.text import documents
 from megacpt.data.text.documents import Block, Source, find_inputs
-from megacpt.data.text.rows import parse_block, read_documents, texts_of
+from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.provenance import Filters
+from megacpt.data.text.rows import parse_block, texts_of
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 
 TEXTS = ["plain", "", "two\nlines\r\n", "é \u2028 \U0001f600", "x" * 700_000, "  spaces  ", '"quoted" \\ \u0000'] * 3
+
+
+def read_documents(paths, key, skipped=None):
+    """(where, text) of every row; a counter counts bad rows instead of stopping at the first."""
+    found = iter_documents(paths, [key], Filters(skip_invalid=skipped is not None), skipped)
+    return ((where, text) for where, (text,) in found)
 
 
 def as_jsonl(texts):

@@ -12,7 +12,7 @@ from megacpt.data.tokens.lengths import LengthStatistics, length_statistics
 @given(st.lists(st.integers(0, 5) | st.integers(0, 2**31 - 1), min_size=1, max_size=60), st.integers(1, 10))
 def test_statistics_are_those_of_the_sorted_lengths(values, at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "AT_ONCE", at_once)
+        patch.setattr(indexed, "BLOCK", at_once)
         found = length_statistics(np.array(values, dtype=np.int32))
     ordered = sorted(values)
     assert (found.min, found.max) == (ordered[0], ordered[-1])
