@@ -26,12 +26,12 @@ class BeyondAscii:
         self._replacement = replacement
         self._table = np.zeros(CODE_POINTS, dtype=np.uint32)
 
-    def replaced(self, data: bytes) -> bytes:
-        """The text `data`, with CONTROL where it became shorter."""
-        places = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) >= 0x80)
+    def replace(self, data: bytearray) -> bytearray:
+        """The text `data` with each such character replaced, and CONTROL where it became shorter; `data` is used up."""
+        text = np.frombuffer(data, dtype=np.uint8)
+        places = np.flatnonzero(text >= 0x80)
         if not len(places):
             return data
-        text = np.frombuffer(bytearray(data), dtype=np.uint8)
         starts = places[text[places] >= 0xC0]
         width = 2 + (text[starts] >= 0xE0) + (text[starts] >= 0xF0)
         found = self._looked_up(_code_points(text, starts, width))
@@ -40,7 +40,7 @@ class BeyondAscii:
         for place in range(4):
             wide = width > place
             text[starts[wide] + place] = (found[wide] >> np.uint32(8 * place)).astype(np.uint8)
-        return text.tobytes()
+        return data
 
     def _looked_up(self, points: np.ndarray) -> np.ndarray:
         found = self._table[points]
@@ -56,11 +56,11 @@ class BeyondAscii:
             return TOO_LONG
         return int.from_bytes(encoded.ljust(4, CONTROL), "little")
 
-    def _one_by_one(self, data: bytes) -> bytes:
+    def _one_by_one(self, data: bytearray) -> bytearray:
         """For texts with characters that become longer, such as Korean syllables, which are taken apart."""
         characters = list(data.decode())
         known = {character: self._replacement(character) for character in set(characters) if character > "\x7f"}
-        return "".join([known.get(character, character) for character in characters]).encode()
+        return bytearray("".join([known.get(character, character) for character in characters]).encode())
 
 
 def _code_points(text: np.ndarray, starts: np.ndarray, width: np.ndarray) -> np.ndarray:

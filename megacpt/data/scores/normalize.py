@@ -9,14 +9,14 @@ is a digit, not a quotation mark; and the words <s>, </s> and <unk>, which a mod
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import batched, chain, filterfalse, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megacpt.data.scores.beyond_ascii import CONTROL, BeyondAscii
+from megacpt.data.scores.beyond_ascii import BeyondAscii
 
 PUNCTUATION = ("map", "remove", "keep")
 ASCII_FORM = {
@@ -42,6 +42,7 @@ ASCII_FORM = {
     "％": "%",
 }
 BLANKS = b"\t\x0b\x0c\r\x1c\x1d\x1e\x1f"
+CONTROLS = sorted({*range(1, 32), 127} - {*BLANKS, ord("\n")})
 EDGE = b"\n\0\n"
 """What documents are joined with: NUL is a line of its own, and in no normalised text."""
 MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
@@ -129,21 +130,24 @@ def normalizer(rules: Normalization) -> Normalizer:
     Documents are joined and translated as bytes; only what lies beyond ASCII is looked at character by character. So
     each character is normalised by itself: a capital sigma that ends a word becomes the ordinary small sigma.
     """
-    table, beyond = _ascii_table(rules), BeyondAscii(_replacement(rules))
+    beyond, table, deleted = BeyondAscii(_replacement(rules)), _ascii_table(rules), bytes(CONTROLS)
 
     def normalize(texts: Sequence[str]) -> list[Sentences]:
         if not texts:
             return []
-        joined = EDGE.join([text.encode() for text in texts])
-        data = _without_marks(beyond.replaced(joined.translate(table)).replace(CONTROL, b""))
+        joined = bytearray(EDGE).join([text.encode() for text in texts])
+        # What is put for a character beyond ASCII is what the table leaves as it is, or deletes.
+        data = _without_marks(bytes(beyond.replace(joined).translate(table, deleted)))
         words = _word_counts(data)
         if len(words) > len(texts):
             return normalize([text.replace("\0", "") for text in texts])
         lines, start = data.split(b"\n"), 0
+        blank = b"\n " in data or data.startswith(b" ")
         documents: list[Sentences] = []
         for count in words:
             end = lines.index(b"\0", start) if len(documents) + 1 < len(words) else len(lines)
-            documents.append(Sentences(list(filterfalse(bytes.isspace, filter(None, lines[start:end]))), count))
+            filled = filter(None, lines[start:end])
+            documents.append(Sentences(list(filterfalse(bytes.isspace, filled) if blank else filled), count))
             start = end + 1
         return documents
 
@@ -151,10 +155,10 @@ def normalizer(rules: Normalization) -> Normalizer:
 
 
 def _ascii_table(rules: Normalization) -> bytes:
+    """What becomes of each byte, those of CONTROLS left as they are."""
     table = bytearray(range(256))
-    for byte in (*range(1, 32), 127):
-        if byte != ord("\n"):
-            table[byte] = ord(" ") if byte in BLANKS else CONTROL[0]
+    for byte in BLANKS:
+        table[byte] = ord(" ")
     if rules.lowercase:
         table[ord("A") : ord("Z") + 1] = bytes(range(ord("a"), ord("z") + 1))
     if rules.digits_to_zero:
@@ -197,8 +201,16 @@ def _without_marks(data: bytes) -> bytes:
 
 def _word_counts(data: bytes) -> list[int]:
     """Words of each of the documents that NUL separates."""
-    characters = np.frombuffer(data, dtype=np.uint8)
-    inside = np.concatenate([[False], characters > ord(" ")])
-    begins = inside[1:] > inside[:-1]
-    ends = [*np.flatnonzero(characters == 0).tolist(), len(characters)]
-    return [int(np.count_nonzero(begins[start:end])) for start, end in pairwise([0, *ends])]
+    inside = np.frombuffer(data, dtype=np.uint8) > ord(" ")
+    begins = np.empty_like(inside)
+    begins[:1] = inside[:1]
+    np.greater(inside[1:], inside[:-1], out=begins[1:])
+    edges = [0, *_places(data, b"\0"), len(data)]
+    return [int(np.count_nonzero(begins[start:end])) for start, end in pairwise(edges)]
+
+
+def _places(data: bytes, byte: bytes) -> Iterator[int]:
+    place = data.find(byte)
+    while place >= 0:
+        yield place
+        place = data.find(byte, place + 1)

@@ -9,6 +9,7 @@ from megacpt.data.text.documents import Block
 from megacpt.data.text.filtering import digests_of, kept_columns
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import token_dtype
+from megacpt.data.tokens.long_texts import encode_texts
 from megacpt.data.tokens.tokenizer import Tokenizer
 
 
@@ -59,17 +60,17 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
         UserError: a bad row, unless they are to be skipped.
     """
     dtype = token_dtype(tokenizer.vocab_size).newbyteorder("<")
-    block = block.loaded()
     skipped: Counter[str] = Counter()
-    columns = kept_columns(block, encoding.keys, encoding.filters, skipped)
+    # Of the rows, the texts alone are kept: there may be a very long one.
+    columns = kept_columns(block.loaded(), encoding.keys, encoding.filters, skipped)
     digests = None if encoding.dedup == "none" else digests_of(columns[0])
     tokens, lengths = [], []
     for texts in columns:
-        ids, sizes = tokenizer.encode_flat(texts, add_special_tokens=True)
+        ids, sizes = encode_texts(tokenizer, texts, dtype)
         if encoding.append_eod:
             assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
             ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
-        tokens.append(ids.astype(dtype))
+        tokens.append(ids)
         lengths.append(sizes)
     return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)
 

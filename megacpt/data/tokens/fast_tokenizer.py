@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megacpt.data.tokens.fast_definition import Definition, Unsuited, from_sentencepiece, from_tokenizer_json
+from megacpt.data.tokens.long_texts import framing
 from megacpt.data.tokens.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megacpt.errors import UserError
 
@@ -108,7 +109,10 @@ class FastTokenizer:
         with _breakage_is_unsuited():
             self._build()
             self.engine = f"gigatoken {version('gigatoken')}"
-            self._frame = self._framing()
+            frame = framing(reference)
+            if frame is None:
+                raise Unsuited("how it frames a text is not understood")
+            self._frame = tuple(ids.view(np.uint32) for ids in frame)
             difference = self._difference(texts, False) or self._difference(SAMPLES, True)
         if difference:
             raise Unsuited(difference)
@@ -155,15 +159,6 @@ class FastTokenizer:
             flat, _ = _joined([part for own in ids for part in (before, own, after)])
             return flat, np.fromiter(map(len, ids), np.int32, len(ids)) + np.int32(len(before) + len(after))
         return _joined(ids) if again else (flat, lengths)
-
-    def _framing(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids before and after a text that the reference frames."""
-        text = "a"
-        plain, framed = (self._reference.encode(text, special).tolist() for special in (False, True))
-        starts = [i for i in range(len(framed) - len(plain) + 1) if framed[i : i + len(plain)] == plain]
-        if not plain or not starts:
-            raise Unsuited("how it frames a text is not understood")
-        return np.array(framed[: starts[0]], np.uint32), np.array(framed[starts[0] + len(plain) :], np.uint32)
 
     def _difference(self, texts: Sequence[str], framed: bool) -> str | None:
         """Where the two tokenizers differ on these texts, in words."""

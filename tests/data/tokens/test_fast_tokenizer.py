@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
-from megacpt.data.tokens import fast_tokenizer
+from megacpt.data.tokens import fast_tokenizer, long_texts
 from megacpt.data.tokens.fast_tokenizer import Characters, FastTokenizer, chosen_engine, open_tokenizer
+from megacpt.data.tokens.long_texts import encode_texts
 from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 
@@ -171,6 +172,64 @@ def test_real_texts_and_long_ones(pair):
     assert_equal(
         pair, ["", *CORPUS[:30], "", "\n".join(CORPUS), "a" * 30_000, " " * 30_000, "1" * 3_000 + "本" * 3_000]
     )
+
+
+class Sized:
+    """A tokenizer that notes the longest text that it is given."""
+
+    def __init__(self, inner):
+        self._inner, self.longest = inner, 0
+
+    def encode(self, text, add_special_tokens=False):
+        self.longest = max(self.longest, len(text))
+        return self._inner.encode(text, add_special_tokens)
+
+    def encode_flat(self, texts, add_special_tokens=False):
+        self.longest = max([self.longest, *map(len, texts)])
+        return self._inner.encode_flat(texts, add_special_tokens)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.lists(FRAGMENTS | st.just(" of the blood "), max_size=40).map("".join), max_size=4))
+def test_pieces_of_long_texts_have_the_ids_of_the_whole(pair, monkeypatch, texts):
+    monkeypatch.setattr(long_texts, "LONG", 60)
+    monkeypatch.setattr(long_texts, "AROUND", 20)
+    expected_ids, expected_lengths = pair[1].encode_flat(texts, True)
+    for tokenizer in pair:
+        ids, lengths = encode_texts(tokenizer, texts, np.dtype("<u2"))
+        assert (ids.dtype, lengths.dtype) == (np.uint16, np.int32)
+        np.testing.assert_array_equal(ids, expected_ids)
+        np.testing.assert_array_equal(lengths, expected_lengths)
+
+
+def test_long_texts_are_cut(pair, monkeypatch):
+    monkeypatch.setattr(long_texts, "LONG", 6_000)
+    sized = Sized(pair[0])
+    text = "\n".join(CORPUS)
+    ids, _ = encode_texts(sized, [text, "the end"], np.dtype("<u4"))
+    np.testing.assert_array_equal(ids, pair[1].encode_flat([text, "the end"], True)[0])
+    assert 4_000 < sized.longest < 7_000 < len(text)
+
+
+def test_a_text_without_a_place_to_cut_is_encoded_whole(pair, monkeypatch):
+    monkeypatch.setattr(long_texts, "LONG", 100)
+    text = "a" * 1_000 + " 1" * 100
+    ids, _ = encode_texts(pair[0], [text], np.dtype("<u2"))
+    np.testing.assert_array_equal(ids, pair[1].encode(text, True))
+
+
+def test_no_cut_where_a_token_goes_across(monkeypatch):
+    monkeypatch.setattr(long_texts, "LONG", 50)
+    vocab = {piece: i for i, piece in enumerate(["<unk>", "o", "f", "t", "h", "e", " ", "of", "of ", "of t"])}
+    library = Library(models.BPE(vocab, [("o", "f"), ("of", " "), ("of ", "t")], unk_token="<unk>"))
+
+    class Reference:
+        def encode(self, text, add_special_tokens=False):
+            return np.array(library.encode(text).ids, np.int32)
+
+    for text in ("of the " * 30, "the of " * 30):
+        ids, _ = encode_texts(Reference(), [text], np.dtype("<u2"))
+        np.testing.assert_array_equal(ids, library.encode(text).ids)
 
 
 def test_every_character_that_is_not_doubtful_is_classified_alike(tmp_path):
