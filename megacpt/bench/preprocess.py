@@ -110,15 +110,15 @@ def stock(case: Case, text: Path, workers: int) -> tuple[list[str], str]:
 
 
 def megatron(script: str) -> Callable[[Case, Path, int], tuple[list[str], str]]:
-    """A script of a Megatron-LM checkout."""
+    """A script of a Megatron-LM checkout; the fast one has one process, and all the threads that it finds cores."""
 
     def command(case: Case, text: Path, workers: int) -> tuple[list[str], str]:
         assert case.megatron is not None
         out, fast = case.folder / script.removesuffix(".py"), script.endswith("_fast.py")
         words = [sys.executable, str(case.megatron / "tools" / script), "--input", str(text)]
         words += ["--output-prefix", str(out), "--tokenizer-model", str(case.tokenizer_model)]
-        words += ["--append-eod"] if fast else ["--append-eod", "--tokenizer-type", case.tokenizer_type]
-        words += ["--workers", str(workers)]
+        words += ["--append-eod", "--tokenizer-type", case.tokenizer_type]
+        words += ["--use-gigatoken"] if fast else ["--workers", str(workers)]
         return words, f"{out}_text_document"
 
     return command

@@ -22,6 +22,7 @@ def encoder(kind: str, path: Path) -> tuple[Callable[[list[str]], list[list[int]
         return lambda texts: model.encode(texts, num_threads=1), model.eos_id(), model.get_piece_size()
     import tokenizers
 
+    path = path / "tokenizer.json" if path.is_dir() else path
     content = path.read_bytes()
     tokenizer = tokenizers.Tokenizer.from_buffer(gzip.decompress(content) if path.suffix == ".gz" else content)
     ends = [tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]

@@ -209,10 +209,11 @@ class Characters:
         codes = np.where(first < 0xF0, three, (first & 0x07) << 18 | second << 12 | third << 6 | fourth)
         if self._agreed[codes].all():
             return []
-        for code in np.unique(codes[~self._agreed[codes]]).tolist():
+        # A set rather than np.unique, whose first call imports numpy.ma: some 40 ms in every process.
+        for code in set(codes[~self._agreed[codes]].tolist()):
             self._agreed[code] = unicodedata.category(chr(code)) != "Cn"
         ends = np.cumsum(np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)))
-        return np.unique(np.searchsorted(ends, starts[~self._agreed[codes]], side="right")).tolist()
+        return sorted(set(np.searchsorted(ends, starts[~self._agreed[codes]], side="right").tolist()))
 
 
 def _joined(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
