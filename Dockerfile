@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # On NVIDIA's PyTorch image, whose torch, Transformer Engine, apex, flash-attn and NCCL belong together and stay as is.
 # Not built by the tests. IMAGE has no default, since where it lies is a site's choice: NGC's pytorch:26.06-py3 or newer.
+# KenLM's lmplz and build_binary are built into it, so that no node needs a compiler.
 #
 #   docker build --build-arg IMAGE=... -t megacpt .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/megacpt/runs" -it megacpt
@@ -11,7 +12,7 @@ FROM ${IMAGE:?give --build-arg IMAGE=, the NVIDIA PyTorch image to build on}
 WORKDIR /megacpt
 COPY . .
 
-# The dependencies of pyproject.toml without torch. What the image already has it keeps (its own PIP_CONSTRAINT stays in
+# The dependencies of pyproject.toml, and those for evaluation, fast encoding, scoring and Ray, without torch. What the image already has it keeps (its own PIP_CONSTRAINT stays in
 # force); the rest comes at the versions of constraints.txt. megatron-core goes in alone, since it would ask for torch.
 RUN <<'SCRIPT' bash -euo pipefail
 python - <<'PYTHON'
@@ -27,8 +28,9 @@ def name(line):
 
 held = {name(found.metadata["Name"]) for found in importlib.metadata.distributions()}
 pins = [line for line in Path("constraints.txt").read_text().splitlines() if "==" in line]
-wanted = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
-wanted = [line for line in wanted if name(line) not in ("torch", "megatron-core")]
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+extras = [line for extra in ("eval", "fast", "hf", "kenlm", "plot", "ray") for line in project["optional-dependencies"][extra]]
+wanted = [line for line in project["dependencies"] + extras if name(line) not in ("torch", "megatron-core", "megacpt")]
 Path("/tmp/wanted.txt").write_text("\n".join(wanted))
 Path("/tmp/pins.txt").write_text("\n".join(line for line in pins if name(line) not in held))
 Path("/tmp/core.txt").write_text("\n".join(line for line in pins if name(line) == "megatron-core"))
@@ -38,8 +40,14 @@ pip install --no-cache-dir -c /tmp/pins.txt -r /tmp/wanted.txt
 pip install --no-cache-dir --no-deps -r /tmp/core.txt
 pip install --no-cache-dir --no-deps --no-build-isolation -e .
 [[ $(python -c 'import torch; print(torch.__version__)') == "$before" ]]
-python -c 'import megacpt, megacpt_kernels, megatron.core'
 SCRIPT
 
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
+RUN <<'SCRIPT' bash -euo pipefail
+apt-get update
+apt-get install -y --no-install-recommends cmake g++ libboost-program-options-dev libboost-system-dev libboost-thread-dev
+rm -rf /var/lib/apt/lists/*
+python -c 'from megacpt.data.scores.kenlm_build import build_programs; print(build_programs())'
+python -m megacpt.env
+SCRIPT
+
 CMD ["bash"]

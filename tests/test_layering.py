@@ -19,7 +19,7 @@ LAYERS = (
     ("megacpt.data", "megacpt.model"),
     ("megacpt.eval",),
     ("megacpt.train",),
-    ("megacpt.bench", "megacpt.report"),
+    ("megacpt.bench", "megacpt.env", "megacpt.report"),
     ("tools",),
 )
 DATA = ("keyed", "text", "tokens", "scores", "subset", "mixture", "samples")
