@@ -1,44 +1,67 @@
 """Measure megacpt beside its peers, in one run on one machine: rows to benchmarks/*.csv, and benchmarks/README.md.
 
     python tools/bench.py data --input TEXT.jsonl --tokenizer-type TYPE --tokenizer-model FILE [--megatron CHECKOUT]
+    python tools/bench.py train [--cases tiny smollm2-135m]
+    python tools/bench.py checkpoint
+    python tools/bench.py all --minutes 9
 
-data: preprocessing, scoring (with --kenlm), the index, reading. A tool that writes other bytes than ours has no speed.
+data: preprocessing, scoring (with --kenlm), the index, reading. train: steps beside Hugging Face Trainer and
+megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save. all: train and
+checkpoint, as much as fits the time. Whoever computes or writes something else than the reference has no speed.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megacpt.bench.rows import Recorder, append, describe_cpu, write_readme
+from megacpt.bench.rows import Recorder, append, describe_device, write_readme
 from megacpt.errors import UserError, exit_code
 
-PARTS = ("preprocess", "scoring", "index", "read")
+DATA_PARTS = ("preprocess", "scoring", "index", "read")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="preprocessing, scoring, index and reading")
-    add = data.add_argument
+    _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"))
+    _step_options(commands.add_parser("train", help="training steps"))
+    _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
+    everything = commands.add_parser("all", help="train and checkpoint")
+    _step_options(everything)
+    everything.add_argument("--minutes", type=float, default=9.0, metavar="M", help="begin nothing more after so long")
+    for command in commands.choices.values():
+        command.add_argument("--work", type=Path, metavar="DIR", help="folder for what is written meanwhile")
+        command.add_argument("--output", type=Path, default=Path("benchmarks"), metavar="DIR", help="of the rows")
+    return parser.parse_args(arguments)
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--input", type=Path, required=True, metavar="TEXT.jsonl", help="text with the key `text`, uncompressed")
     add("--tokenizer-type", required=True, choices=("HuggingFaceTokenizer", "SentencePieceTokenizer"))
     add("--tokenizer-model", type=Path, required=True, metavar="FILE")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    add("--only", nargs="+", choices=DATA_PARTS, default=DATA_PARTS, help="parts to measure")
     add("--megatron", type=Path, metavar="CHECKOUT", help="Megatron-LM's sources, for tools/preprocess_data*.py")
     add("--kenlm", type=Path, metavar="MODEL", help="a model of tools/train_kenlm.py, for scoring")
     add("--documents", type=float, default=50e6, metavar="N", help="of the index (default 50 million)")
     add("--sources", type=int, default=100, metavar="N", help="of the index")
     add("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="most cores to use")
-    add("--work", type=Path, metavar="DIR", help="folder for what is written meanwhile (default: a temporary one)")
-    add("--output", type=Path, default=Path("benchmarks"), metavar="DIR", help="folder of the rows")
-    return parser.parse_args(arguments)
 
 
-def data(options: argparse.Namespace, work: Path) -> Recorder:
+def _step_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cases", nargs="+", metavar="NAME", help="models by name (default: this device's; see bench/train_case.py)")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--steps", type=int, default=10, metavar="N", help="of each contestant in a round, the first three not timed")
+    add("--rounds", type=int, default=1, metavar="N", help="how often each contestant has its turn")
+
+
+def data(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """Measure what --only names.
 
     Raises:
@@ -46,7 +69,6 @@ def data(options: argparse.Namespace, work: Path) -> Recorder:
     """
     if not options.input.is_file():
         raise UserError(f"{options.input}: no such file; give --input a JSONL file")
-    recorder = Recorder.begin(describe_cpu())
     if "preprocess" in options.only:
         from megacpt.bench import preprocess
 
@@ -70,14 +92,47 @@ def data(options: argparse.Namespace, work: Path) -> Recorder:
         command, prefix = preprocess.ours(case, options.input, 1)
         preprocess.timed(command, options.cores)
         read.measure(recorder, prefix, 2048)
-    return recorder
+
+
+def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
+    """Measure training steps."""
+    from megacpt.bench import train as steps
+
+    deadline = time.monotonic() + 60 * options.minutes if "minutes" in options else float("inf")
+    run = steps.Run(options.steps, options.rounds, options.dtype or steps.usual_dtype(), deadline)
+    steps.measure(recorder, steps.chosen(options.cases), run, work)
+
+
+def checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
+    """Measure checkpoints."""
+    from megacpt.bench import checkpoint as checkpoints
+    from megacpt.bench import train as steps
+
+    checkpoints.measure(recorder, steps.chosen(options.cases), options.dtype or steps.usual_dtype(), work)
+
+
+def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
+    """Checkpoints first, which are short, then training steps until the time is up."""
+    checkpoint(options, work, recorder)
+    train(options, work, recorder)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
+    "data": data,
+    "train": train,
+    "checkpoint": checkpoint,
+    "all": everything,
+}
 
 
 def record(options: argparse.Namespace) -> None:
     """Measure, and write the rows."""
+    recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"))
     with tempfile.TemporaryDirectory() as temporary:
-        recorder = data(options, options.work or Path(temporary))
-    append(options.output / f"{options.command}.csv", recorder.rows)
+        COMMANDS[options.command](options, options.work or Path(temporary), recorder)
+    for bench in dict.fromkeys(row.bench for row in recorder.rows):
+        file = "data" if options.command == "data" else bench
+        append(options.output / f"{file}.csv", [row for row in recorder.rows if row.bench == bench])
     write_readme(options.output)
     print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
 

@@ -20,7 +20,7 @@ class Row:
         run: when the run began, UTC; rows of one run are compared with one another.
         bench, case: what was measured, and on which input or shape.
         tool: whose number it is; "megacpt" is ours.
-        value, unit: more is better where the unit ends in /s, less elsewhere.
+        value, unit: more is better where the unit's first word is a rate (ends in /s) or %, less elsewhere.
         note: what a reader has to know.
     """
 
@@ -33,6 +33,11 @@ class Row:
     value: float
     unit: str
     note: str = ""
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether the unit is one of which more is better."""
+        return self.unit.split()[0].endswith(("/s", "%"))
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -85,6 +90,16 @@ def describe_cpu() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
+def describe_device(with_gpu: bool) -> str:
+    """The GPU, where there is one and it is what is measured; else the processor."""
+    if with_gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return describe_cpu()
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a CSV file, atomically."""
     lines = read(path) + list(rows)
@@ -133,7 +148,7 @@ def _case(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         ratio = ""
         if row.tool != OURS and row.unit in ours and row.value and ours[row.unit]:
-            better = ours[row.unit] / row.value if row.unit.endswith("/s") else row.value / ours[row.unit]
+            better = ours[row.unit] / row.value if row.more_is_better else row.value / ours[row.unit]
             ratio = f"{better:.3g}x"
         lines.append(f"| {row.tool} | {row.value:,} | {row.unit} | {ratio} | {row.note} |")
     return [*lines, ""]

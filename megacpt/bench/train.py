@@ -1,0 +1,138 @@
+"""Training steps per second: ours beside Hugging Face Trainer and megatron-core's own specs, on the same weights and
+batches, each in a process of its own, one after another on one device."""
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from megacpt.bench.ceilings import Ceilings, measure_ceilings
+from megacpt.bench.contestant import Result, read_result
+from megacpt.bench.rows import OURS, Recorder
+from megacpt.bench.train_case import CPU_CASES, GPU_CASES, WARMUP, TrainCase, run_module, write_case
+from megacpt.config.architecture import Architecture
+from megacpt.errors import UserError
+from megacpt.train.metrics import PEAK_BF16_TFLOPS
+
+CONTESTANTS: Mapping[str, tuple[str, ...]] = {
+    OURS: ("megacpt.bench.train_ours",),
+    "megatron-core's specs": ("megacpt.bench.train_ours", "--stock"),
+    "Hugging Face Trainer": ("megacpt.bench.train_hf",),
+    "HF Trainer, torch.compile": ("megacpt.bench.train_hf", "--compile"),
+}
+"""Module and flags by name; ours first, since the others' losses are compared with it."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Of the losses of the first steps, relative: beyond it somebody trains something else, and has no speed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to measure: `rounds` times each in turn, of `steps` steps, WARMUP of which are not timed."""
+
+    steps: int
+    rounds: int
+    dtype: str
+    deadline: float = math.inf
+
+
+def cases() -> Mapping[str, TrainCase]:
+    """The cases of this device, by name."""
+    return GPU_CASES if torch.cuda.is_available() else CPU_CASES
+
+
+def usual_dtype() -> str:
+    """The dtype of this device's runs."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """These cases, or all of this device.
+
+    Raises:
+        UserError: there is no case of a name.
+    """
+    known = cases()
+    if unknown := [name for name in names or [] if name not in known]:
+        raise UserError(f"--cases {unknown[0]}: no such case on this device; it has {', '.join(known)}")
+    return list(names or known)
+
+
+def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> None:
+    """Rows of these cases.
+
+    Raises:
+        UserError: ours fails. A peer that fails is told as a row, and so is one whose losses are not ours.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+    ceilings = measure_ceilings(torch.device("cuda" if on_gpu else "cpu"), dtype)
+    title = f"what the device does at best, {run.dtype}"
+    recorder.add("train", title, "torch", ceilings.matmul / 1e12, "TFLOP/s", "a large square matmul, random data")
+    recorder.add("train", title, "torch", ceilings.copy / 1e9, "GB/s", "a copy on the device, read and write")
+    for name in names:
+        if time.monotonic() > run.deadline:
+            recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", "not measured: the time was up")
+            continue
+        _measure_case(recorder, cases()[name], run, work / name, ceilings)
+
+
+def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, ceilings: Ceilings) -> None:
+    config = write_case(case, folder, run.dtype, run.steps)
+    title = f"{case.title}, {run.dtype}"
+    found: dict[str, list[Result]] = {}
+    for round_ in range(run.rounds):
+        for name, (module, *flags) in CONTESTANTS.items():
+            if round_ and name not in found:
+                continue
+            if name != OURS and time.monotonic() > run.deadline:
+                continue
+            result = folder / f"result_{len(found)}.json"
+            try:
+                run_module(module, config, result, *flags)
+            except UserError as error:
+                if name == OURS:
+                    raise
+                recorder.add("train", title, name, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
+                continue
+            found.setdefault(name, []).append(read_result(result))
+            _forget(folder / "run")
+    for name, results in found.items():
+        difference = _difference(found[OURS][0].losses, results[0].losses)
+        if difference > TOLERANCE[run.dtype]:
+            recorder.add("train", title, name, 0, "tokens/s", f"other losses by {difference:.1e}: no speed is told")
+            continue
+        _add_rows(recorder, title, name, case, results, ceilings)
+
+
+def _difference(expected: Sequence[float], found: Sequence[float]) -> float:
+    """The largest relative difference of the losses of the first WARMUP steps; infinite if there are none."""
+    pairs = list(zip(expected, found, strict=False))[:WARMUP]
+    return max((abs(one - other) / abs(one) for one, other in pairs), default=math.inf)
+
+
+def _add_rows(
+    recorder: Recorder, title: str, name: str, case: TrainCase, results: Sequence[Result], ceilings: Ceilings
+) -> None:
+    seconds = median(second for result in results for second in result.seconds[WARMUP:])
+    tokens = case.global_batch_size * case.seq_length / seconds
+    flops = tokens * Architecture(**case.fields).flops_per_token(case.seq_length)
+    recorder.add("train", title, name, tokens, "tokens/s", "median step")
+    recorder.add("train", title, name, flops / 1e12, "TFLOP/s", "causal-half formula")
+    recorder.add("train", title, name, 100 * flops / ceilings.matmul, "% of the matmul rate", "measured in this run")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        peak = next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in device), None)
+        if peak is not None:
+            recorder.add("train", title, name, flops / 1e10 / peak, "% MFU", "of the datasheet's dense bf16")
+    recorder.add("train", title, name, max(result.memory for result in results) / 2**30, "GiB peak")
+
+
+def _forget(folder: Path) -> None:
+    """Delete a run, so that the next contestant does not go on from it."""
+
+    shutil.rmtree(folder, ignore_errors=True)

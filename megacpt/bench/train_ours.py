@@ -1,0 +1,64 @@
+"""Our trainer's steps, timed: `python -m megacpt.bench.train_ours CONFIG RESULT [--stock]`.
+
+--stock: the same trainer on megatron-core's own layer specs, as Megatron-LM builds them.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megacpt.bench.contestant import Result, Stopwatch
+from megacpt.config.architecture import Architecture
+from megacpt.config.load import load_config
+from megacpt.runtime.setup import quiet_third_parties, setup, teardown
+from megacpt.train.build import build_job
+from megacpt.train.planning import make_plan
+
+
+def use_stock_specs() -> None:
+    """Put megatron-core's own layer specs in the place of ours: those of Transformer Engine, if it is here, or local."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
+
+    from megacpt.model import build
+
+    def stock(architecture: Architecture, layers: int, *_: object) -> TransformerBlockSubmodules:
+        assert architecture.normalization == "RMSNorm"
+        if HAVE_TE and torch.cuda.is_available():
+            layer = get_gpt_layer_with_transformer_engine_spec()
+        else:
+            layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LayerNormImpl)
+
+    build.block_spec = stock
+
+
+def main() -> None:
+    """Train the plan's steps."""
+    config_path, result_path, *flags = sys.argv[1:]
+    quiet_third_parties()
+    if "--stock" in flags:
+        use_stock_specs()
+    config = load_config(config_path, [])
+    plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
+    job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
+    result, watch = Result(), Stopwatch()
+    for iteration in range(1, plan.last_iteration + 1):
+        batches = job.next_batch()
+        watch.lap()
+        job.step(batches, plan.learning_rate(iteration))
+        result.seconds.append(watch.lap())
+        loss, tokens = job.progress.interval.tolist()
+        result.losses.append(sum(loss) / sum(tokens))
+        job.progress.interval.zero_()
+    result.write(Path(result_path))
+    teardown()
+
+
+if __name__ == "__main__":
+    main()
