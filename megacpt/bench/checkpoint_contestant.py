@@ -1,4 +1,7 @@
-"""A checkpoint written and read, ours and torch.save's: `python -m megacpt.bench.checkpoint_contestant CONFIG RESULT`."""
+"""A checkpoint written and read, ours and torch.save's.
+
+`python -m megacpt.bench.checkpoint_contestant CONFIG RESULT`
+"""
 
 import os
 import sys

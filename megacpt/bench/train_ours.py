@@ -17,7 +17,7 @@ from megacpt.train.planning import make_plan
 
 
 def use_stock_specs() -> None:
-    """Put megatron-core's own layer specs in the place of ours: those of Transformer Engine, if it is here, or local."""
+    """Put megatron-core's own layer specs in the place of ours: of Transformer Engine, if it is here, or local."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -35,7 +35,7 @@ def use_stock_specs() -> None:
             layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LayerNormImpl)
 
-    build.block_spec = stock
+    setattr(build, "block_spec", stock)  # noqa: B010
 
 
 def main() -> None:

@@ -1,0 +1,38 @@
+import pytest
+
+from megacpt.bench.rows import OURS, Recorder, append, read, write_readme
+
+
+def recorder(run, rows):
+    made = Recorder("a device", [], run, "abc")
+    for row in rows:
+        made.add("train", *row)
+    return made.rows
+
+
+def test_rows_come_back_and_the_readme_tells_the_newest_run(tmp_path):
+    old = recorder("2026-01-01 10:00", [("case", OURS, 1, "MB/s"), ("case", "peer", 5, "MB/s")])
+    new = recorder("2026-01-02 10:00", [("case", OURS, 8, "MB/s", "a note"), ("case", "peer", 2, "MB/s")])
+    append(tmp_path / "train.csv", old)
+    append(tmp_path / "train.csv", new)
+    assert read(tmp_path / "train.csv") == old + new
+    write_readme(tmp_path)
+    told = (tmp_path / "README.md").read_text()
+    assert "| peer | 2.0 | MB/s | 4x |  |" in told
+    assert "5.0" not in told
+
+
+@pytest.mark.parametrize(
+    ("unit", "ratio"),
+    [("MB/s", "4x"), ("GB/s saved", "4x"), ("% of the matmul rate", "4x"), ("us", "0.25x"), ("GiB peak", "0.25x")],
+)
+def test_how_many_times_better(tmp_path, unit, ratio):
+    append(tmp_path / "train.csv", recorder("r", [("case", OURS, 8, unit), ("case", "peer", 2, unit)]))
+    write_readme(tmp_path)
+    assert f"| peer | 2.0 | {unit} | {ratio} |  |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_peer_without_a_speed_has_no_ratio(tmp_path):
+    append(tmp_path / "train.csv", recorder("r", [("case", OURS, 8, "MB/s"), ("case", "peer", 0, "MB/s", "failed")]))
+    write_readme(tmp_path)
+    assert "| peer | 0.0 | MB/s |  | failed |" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,66 @@
+"""The contestants themselves, in processes of their own, on a model of two layers."""
+
+from types import MappingProxyType
+
+import pytest
+
+from megacpt.bench import checkpoint, train
+from megacpt.bench.rows import OURS, Recorder
+from megacpt.bench.train_case import TrainCase
+from megacpt.errors import UserError
+
+SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
+CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(train, "CPU_CASES", CASES)
+    monkeypatch.setattr(train, "GPU_CASES", CASES)
+    contestants = {name: words for name, words in train.CONTESTANTS.items() if "--compile" not in words}
+    monkeypatch.setattr(train, "CONTESTANTS", contestants)
+
+
+def values(recorder, unit):
+    return {row.tool: row.value for row in recorder.rows if row.unit == unit}
+
+
+def test_all_train_the_same_and_each_has_its_speed(tmp_path):
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(steps=5, rounds=1, dtype="fp32"), tmp_path)
+    rates = values(recorder, "tokens/s")
+    assert rates.keys() == train.CONTESTANTS.keys()
+    assert all(rate > 0 for rate in rates.values()), recorder.rows
+    assert values(recorder, "GiB peak").keys() == train.CONTESTANTS.keys()
+
+
+def test_who_trains_something_else_has_no_speed(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.TOLERANCE, "fp32", 0.0)
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(steps=4, rounds=1, dtype="fp32"), tmp_path)
+    rates = values(recorder, "tokens/s")
+    assert rates[OURS] > 0
+    assert rates["Hugging Face Trainer"] == 0
+    (row,) = (row for row in recorder.rows if row.tool == "Hugging Face Trainer")
+    assert "other losses" in row.note
+
+
+def test_nothing_is_begun_when_the_time_is_up(tmp_path):
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(steps=4, rounds=1, dtype="fp32", deadline=0.0), tmp_path)
+    (row,) = (row for row in recorder.rows if row.unit == "tokens/s")
+    assert row.note == "not measured: the time was up"
+    assert not (tmp_path / "small").exists()
+
+
+def test_checkpoints(tmp_path):
+    recorder = Recorder("here", [], "now", "abc")
+    checkpoint.measure(recorder, ["small"], "fp32", tmp_path)
+    for unit in ("GB/s saved", "GB/s loaded", "GB on disk"):
+        assert {tool: value > 0 for tool, value in values(recorder, unit).items()} == {OURS: True, "torch.save": True}
+
+
+def test_an_unknown_case_is_named():
+    with pytest.raises(UserError, match="--cases huge: no such case on this device; it has small"):
+        train.chosen(["huge"])
