@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megacpt_kernels.dispatch import as_rows
 from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics, token_losses
 
 
@@ -99,7 +98,8 @@ def check(values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None
     if targets.shape != values.shape[:-1] or (mask is not None and mask.shape != targets.shape):
         given = "none" if mask is None else tuple(mask.shape)
         raise ValueError(
-            f"targets are {tuple(targets.shape)} and the mask {given}; both must be {tuple(values.shape[:-1])}, one a token"
+            f"targets are {tuple(targets.shape)} and the mask {given}; both must be {tuple(values.shape[:-1])}, "
+            "one a token"
         )
 
 

@@ -1,9 +1,9 @@
 """How each kernel is launched on each device: tables in configs/, a pure lookup, and a tuner that writes a table.
 
-A table is a list of rows, one for an operation, a width class and an item size. configs/default.json holds values chosen
-by reasoning (elements a thread holds, bytes it loads at once); a device's own file holds what `tune` measured there and
-comes first. `triton.autotune` is not used: it measures in the first steps of every process and may choose differently
-on each rank and in each run, which makes a run's start slow and its sums of another order.
+A table is a list of rows, one for an operation, a width class and an item size. configs/default.json holds values
+chosen by reasoning (elements a thread holds, bytes it loads at once); a device's own file holds what `tune` measured
+there and comes first. `triton.autotune` is not used: it measures in the first steps of every process and may choose
+differently on each rank and in each run, which makes a run's start slow and gives its sums another order.
 """
 
 import functools

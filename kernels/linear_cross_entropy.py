@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         normaliser, losses = token_losses(gather(local, shard.group), mask)
         ctx.save_for_backward(hidden, weight, targets, mask, normaliser)
         ctx.shard, ctx.options = shard, options
-        ctx.main_grad = weight.main_grad if options.fuse_main_grad else None
+        ctx.main_grad = getattr(weight, "main_grad", None) if options.fuse_main_grad else None
         return losses
 
     @staticmethod
@@ -173,7 +173,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         ctx.save_for_backward(
             None if dhidden is None else dhidden.wait(), None if dweight is None else dweight.total, weight
         )
-        ctx.main_grad = weight.main_grad if options.fuse_main_grad else None
+        ctx.main_grad = getattr(weight, "main_grad", None) if options.fuse_main_grad else None
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
 
@@ -249,9 +249,9 @@ def linear_cross_entropy_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sum(token_weights * losses), differentiable, and the losses, which are not; logits are computed once.
 
-    Arguments are those of `linear_cross_entropy`, but for `token_weights` [...], any dtype, in place of the mask: a loss
-    mask, or that over a number of tokens. Tokens of weight 0 have the loss 0. Forward computes gradients if anything
-    here requires one and gradients are on; the weight's, fp32, stays until backward.
+    Arguments are those of `linear_cross_entropy`, but for `token_weights` [...], any dtype, in place of the mask: a
+    loss mask, or that over a number of tokens. Tokens of weight 0 have the loss 0. Forward computes gradients if
+    anything here requires one and gradients are on; the weight's, fp32, stays until backward.
 
     Returns:
         A scalar and [...], fp32.

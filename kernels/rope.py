@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) in Megatron's layouts, sbhd and packed thd.
 
 A pair (a, b) of a head at phases (f, g) becomes (a cos f - b sin f, b cos g + a sin g); the gradient of that is
-(da cos f + db sin g, db cos g - da sin f). Pairs are (i, i + R/2), or neighbours (2i, 2i + 1) when interleaved, of the R
-leading columns that the phases cover; other columns pass. Megatron's phases are equal within a pair, but need not be.
+(da cos f + db sin g, db cos g - da sin f). Pairs are (i, i + R/2), or neighbours (2i, 2i + 1) when interleaved, of the
+R leading columns that the phases cover; other columns pass. Megatron's phases are equal within a pair, but need not be.
 megatron-core rounds the cosine, the sine and each product to the tensors' dtype; here arithmetic is fp32, rounded once.
 """
 
@@ -205,7 +205,9 @@ def rope(
     if in_place and x.stride(-1) != 1:
         raise ValueError("x can be rotated in place only if the columns of a head are adjacent in memory")
     angles = phases.flatten(0, -2)
-    return _Rope.apply(x, angles if angles.stride(-1) == 1 else angles.contiguous(), positions, interleaved, mscale, in_place)
+    return _Rope.apply(
+        x, angles if angles.stride(-1) == 1 else angles.contiguous(), positions, interleaved, mscale, in_place
+    )
 
 
 def packed_positions(
@@ -242,12 +244,14 @@ def _check(x: torch.Tensor, phases: torch.Tensor, positions: torch.Tensor | None
     rotary = phases.shape[-1]
     if x.dim() not in (3, 4) or phases.numel() != phases.shape[0] * rotary:
         raise ValueError(
-            f"x is {tuple(x.shape)} and phases {tuple(phases.shape)}: rope takes [s, b, h, d] or [t, h, d], and phases of "
-            "[places, 1, 1, R], equal for all samples and heads"
+            f"x is {tuple(x.shape)} and phases {tuple(phases.shape)}: rope takes [s, b, h, d] or [t, h, d], and phases "
+            "of [places, 1, 1, R], equal for all samples and heads"
         )
     if rotary % 2 or rotary > x.shape[-1]:
         raise ValueError(f"phases cover {rotary} columns: that must be even and at most a head's {x.shape[-1]}")
     if positions is None and phases.shape[0] < x.shape[0]:
         raise ValueError(f"phases have {phases.shape[0]} places, x has {x.shape[0]}; give more phases, or positions")
     if positions is not None and positions.shape != x.shape[:1]:
-        raise ValueError(f"positions are {tuple(positions.shape)}, but x has {x.shape[0]} tokens in its first dimension")
+        raise ValueError(
+            f"positions are {tuple(positions.shape)}, but x has {x.shape[0]} tokens in its first dimension"
+        )

@@ -65,7 +65,9 @@ def source_sums(
         ValueError: losses, sources and mask are not of one shape.
     """
     if sources.shape != losses.shape or (mask is not None and mask.shape != losses.shape):
-        raise ValueError(f"losses are {tuple(losses.shape)}: sources {tuple(sources.shape)} and the mask must be as well")
+        raise ValueError(
+            f"losses are {tuple(losses.shape)}: sources {tuple(sources.shape)} and the mask must be as well"
+        )
     if not runs_triton(losses, sources):
         return source_sums_reference(losses, sources, sources_total, mask)
     sums = torch.empty(sources_total, dtype=torch.float32, device=losses.device)

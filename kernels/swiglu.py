@@ -1,7 +1,7 @@
 """SwiGLU (Shazeer, arXiv 2002.05202) on a fused projection: y = gate * sigmoid(gate) * up.
 
 The last dimension of the input is [gate | up], Megatron's order (`linear_fc1` with `gated_linear_unit`). Arithmetic in
-fp32, rounded once. Gradients: dup = dy * silu(gate), dgate = dy * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))).
+fp32, rounded once. With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up * s * (1 + gate * (1 - s)).
 """
 
 import torch
@@ -59,9 +59,7 @@ def swiglu_forward(x: torch.Tensor, launch: Launch | None = None) -> torch.Tenso
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(width, launch.block)
     if rows:
-        _forward_kernel[(rows * blocks,)](
-            x, y, width, x.stride(0), blocks, BLOCK=launch.block, num_warps=launch.warps
-        )
+        _forward_kernel[(rows * blocks,)](x, y, width, x.stride(0), blocks, BLOCK=launch.block, num_warps=launch.warps)
     return y
 
 
@@ -83,13 +81,13 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
         rows = as_rows(x)
         ctx.save_for_backward(rows)
-        return swiglu_forward(rows).view(*x.shape[:-1], -1)
+        return swiglu_forward(rows).view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return swiglu_backward(as_rows(dy), x).view(*dy.shape[:-1], -1)
+        return swiglu_backward(as_rows(dy), x).view(*dy.shape[:-1], x.shape[1])
 
 
 def swiglu_reference(x: torch.Tensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ def _losses_kernel(
         part = tl.load(gathered_ptr + (rank * 3 + 1) * rows + row, mask=inside, other=1.0)
         total += part * tl.exp(maximum - highest)
     normaliser = highest + tl.log(total)
-    losses = normaliser - wanted
+    losses = tl.log(total) + (highest - wanted)  # which cancels exactly where the target is the maximum
     if mask_ptr is not None:
         losses = tl.where(tl.load(mask_ptr + row, mask=inside, other=0) != 0, losses, 0.0)
     tl.store(normaliser_ptr + row, normaliser, mask=inside)
@@ -154,9 +154,7 @@ def _gradient_kernel(
         tl.store(logits_ptr + column, gradient, mask=column < columns)
 
 
-def statistics(
-    logits: torch.Tensor, targets: torch.Tensor, shard: Shard, launch: Launch | None = None
-) -> torch.Tensor:
+def statistics(logits: torch.Tensor, targets: torch.Tensor, shard: Shard, launch: Launch | None = None) -> torch.Tensor:
     """[rows, columns] logits and [rows] targets to [3, rows] fp32: maximum, sum of exp, target's logit or -inf."""
     if not runs_triton(logits, targets):
         return statistics_reference(logits, targets, shard)
@@ -231,9 +229,9 @@ def token_losses_reference(gathered: torch.Tensor, mask: torch.Tensor | None) ->
     """`token_losses` in torch."""
     maximum, part, wanted = gathered.unbind(1)
     highest = maximum.amax(0)
-    normaliser = highest + ((maximum - highest).exp() * part).sum(0).log()
-    losses = normaliser - wanted.amax(0)
-    return normaliser, losses if mask is None else losses.where(mask != 0, 0.0)
+    logarithm = ((maximum - highest).exp() * part).sum(0).log()
+    losses = logarithm + (highest - wanted.amax(0))
+    return highest + logarithm, losses if mask is None else losses.where(mask != 0, 0.0)
 
 
 def logit_gradient_(
