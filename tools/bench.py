@@ -1,13 +1,14 @@
 """Measure megacpt beside its peers, in one run on one machine: rows to benchmarks/*.csv, and benchmarks/README.md.
 
     python tools/bench.py data --input TEXT.jsonl --tokenizer-type TYPE --tokenizer-model FILE [--megatron CHECKOUT]
+    python tools/bench.py kernels
     python tools/bench.py train [--cases tiny smollm2-135m]
     python tools/bench.py checkpoint
     python tools/bench.py all --minutes 9
 
 data: preprocessing, scoring (with --kenlm), the index, reading. train: steps beside Hugging Face Trainer and
-megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save. all: train and
-checkpoint, as much as fits the time. Whoever computes or writes something else than the reference has no speed.
+megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save. all: the last
+three, as much as fits the time. Whoever computes or writes something else than the reference has no speed.
 """
 
 import argparse
@@ -29,9 +30,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"))
+    kernels = commands.add_parser("kernels", help="our kernels beside others'")
+    kernels.add_argument(
+        "--tune", action="store_true", help="first measure launches and write kernels/configs/DEVICE.json"
+    )
     _step_options(commands.add_parser("train", help="training steps"))
     _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
-    everything = commands.add_parser("all", help="train and checkpoint")
+    everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint and train")
     _step_options(everything)
     everything.add_argument("--minutes", type=float, default=9.0, metavar="M", help="begin nothing more after so long")
     for command in commands.choices.values():
@@ -94,6 +99,31 @@ def data(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
         read.measure(recorder, prefix, 2048)
 
 
+def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
+    """Measure kernels.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    import torch
+
+    from megacpt.bench import kernels as device_times
+    from megacpt.runtime.setup import Layout, setup, teardown
+
+    if not torch.cuda.is_available():
+        raise UserError("kernels are timed on a GPU, and there is none here; `make test` checks what they compute")
+    # megatron-core's cross-entropy wants its groups.
+    device = setup(Layout(1), seed=0).device
+    if "tune" in options and options.tune:
+        from megacpt.bench.tuning import tune_all
+
+        print(f"launches written to {tune_all(device)}")
+    from megacpt.bench.kernel_cases import gpu_cases
+
+    device_times.measure(recorder, gpu_cases(), device, torch.bfloat16)
+    teardown()
+
+
 def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """Measure training steps."""
     from megacpt.bench import train as steps
@@ -112,13 +142,22 @@ def checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> N
 
 
 def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
-    """Checkpoints first, which are short, then training steps until the time is up."""
+    """What is short first, then training steps until the time is up."""
+    import torch
+
+    began = time.monotonic()
+    if torch.cuda.is_available():
+        kernels(options, work, recorder)
+    else:
+        print("kernels: not measured, for there is no GPU here")
     checkpoint(options, work, recorder)
+    options.minutes -= (time.monotonic() - began) / 60
     train(options, work, recorder)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
     "data": data,
+    "kernels": kernels,
     "train": train,
     "checkpoint": checkpoint,
     "all": everything,

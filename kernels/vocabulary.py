@@ -1,0 +1,275 @@
+"""The stages of a cross-entropy over a vocabulary that is spread over ranks, each in Triton and as a torch reference.
+
+1. `statistics`: each rank reads its logits once: the maximum, the sum of exp(logit - maximum), the target's logit.
+2. `gather`: the one collective, an all-gather of those three fp32 numbers a token.
+3. `token_losses`: log-sum-exp over all ranks, and the losses.
+4. `logit_gradient_`: (softmax - onehot) * upstream, written over the logits.
+
+Logits keep their dtype in memory; every number between a load and a store is fp32. The running maximum and sum are kept
+per lane (Milakov and Gimelshein, arXiv 1805.02867) with one exponential an element: of exp(x - m) and exp(m - x) the
+smaller one is exp(-|x - m|) and the other is not needed. Nothing crosses lanes until the row is read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from megacpt_kernels.dispatch import runs_triton
+from megacpt_kernels.launch import Launch, launch_for
+
+LOWEST = -3.0e38
+"""Start of a maximum: finite, so that a difference of two is 0, and below every logit that counts."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary.
+
+    `columns` of the logits, of which the first `real` are tokens `first`, `first + 1`, ... and the rest is padding, as
+    Megatron deals a padded vocabulary over `group` (None: one rank holds everything).
+    """
+
+    columns: int
+    real: int
+    first: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, columns: int, real_rows: int | None, group: dist.ProcessGroup | None) -> "Shard":
+        """The shard of this rank of `group`; `real_rows` None: no padding.
+
+        Raises:
+            ValueError: more real rows than columns.
+        """
+        real = columns if real_rows is None else real_rows
+        if not 0 <= real <= columns:
+            raise ValueError(f"real_rows is {real}, but this rank has {columns} columns of logits")
+        return cls(columns, real, 0 if group is None else dist.get_rank(group) * columns, group)
+
+
+@triton.jit
+def _add_exponential(maximum: tl.tensor, total: tl.tensor, logit: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """A lane's maximum, and its sum of exp(x - maximum), with one more x."""
+    smaller = tl.exp(-tl.abs(logit - maximum))
+    total = tl.where(logit > maximum, total * smaller + 1, total + smaller)
+    return tl.maximum(maximum, logit), total
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr: tl.tensor,  # [rows, columns], in
+    targets_ptr: tl.tensor,  # [rows] integers, in
+    statistics_ptr: tl.tensor,  # [3, rows] fp32, out: maximum, sum, target's logit (-inf: not on this rank)
+    rows: int,
+    columns: int,
+    real: int,
+    first: int,
+    stride: int,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    maximum = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    whole = real // BLOCK * BLOCK
+    # Without a mask, whose end at any `real` would make these loads of single elements.
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        logit = tl.load(logits_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
+        maximum, total = _add_exponential(maximum, total, logit)
+    if whole < real:
+        column = whole + tl.arange(0, BLOCK)
+        logit = tl.load(logits_ptr + column, mask=column < columns, other=LOWEST).to(tl.float32)
+        maximum, total = _add_exponential(maximum, total, tl.where(column < real, logit, LOWEST))
+    highest = tl.max(maximum, 0)
+    target = tl.load(targets_ptr + row).to(tl.int64) - first
+    held = (target >= 0) & (target < real)
+    tl.store(statistics_ptr + row, highest)
+    tl.store(statistics_ptr + rows + row, tl.sum(total * tl.exp(maximum - highest), 0))
+    wanted = tl.load(logits_ptr + target, mask=held, other=float("-inf")).to(tl.float32)
+    tl.store(statistics_ptr + 2 * rows + row, wanted)
+
+
+@triton.jit
+def _losses_kernel(
+    gathered_ptr: tl.tensor,  # [ranks, 3, rows] fp32, in
+    mask_ptr: tl.tensor,  # [rows] uint8, in: 0 is no loss; or None
+    normaliser_ptr: tl.tensor,  # [rows] fp32, out: log of the sum of exp over the vocabulary
+    losses_ptr: tl.tensor,  # [rows] fp32, out
+    rows: int,
+    RANKS: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    highest = tl.full((BLOCK,), LOWEST, tl.float32)
+    wanted = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for rank in range(RANKS):
+        highest = tl.maximum(highest, tl.load(gathered_ptr + rank * 3 * rows + row, mask=inside, other=0.0))
+        wanted = tl.maximum(wanted, tl.load(gathered_ptr + (rank * 3 + 2) * rows + row, mask=inside, other=0.0))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for rank in range(RANKS):
+        maximum = tl.load(gathered_ptr + rank * 3 * rows + row, mask=inside, other=0.0)
+        part = tl.load(gathered_ptr + (rank * 3 + 1) * rows + row, mask=inside, other=1.0)
+        total += part * tl.exp(maximum - highest)
+    normaliser = highest + tl.log(total)
+    losses = tl.log(total) + (highest - wanted)  # which cancels exactly where the target is the maximum
+    if mask_ptr is not None:
+        losses = tl.where(tl.load(mask_ptr + row, mask=inside, other=0) != 0, losses, 0.0)
+    tl.store(normaliser_ptr + row, normaliser, mask=inside)
+    tl.store(losses_ptr + row, losses, mask=inside)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr: tl.tensor,  # [rows, columns], in and out
+    targets_ptr: tl.tensor,  # [rows] integers, in
+    normaliser_ptr: tl.tensor,  # [rows] fp32, in
+    upstream_ptr: tl.tensor,  # [rows] fp32, in; 0 leaves zeros, whatever the logits are
+    columns: int,
+    real: int,
+    first: int,
+    stride: int,
+    blocks: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    logits_ptr += row * stride
+    upstream = tl.load(upstream_ptr + row)
+    if upstream == 0:
+        zeros = tl.zeros((BLOCK,), tl.float32)
+        tl.store(logits_ptr + column, zeros, mask=column < columns)
+    else:
+        target = tl.load(targets_ptr + row).to(tl.int64) - first
+        normaliser = tl.load(normaliser_ptr + row)
+        logit = tl.load(logits_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+        probability = tl.exp(logit - normaliser) - (column == target).to(tl.float32)
+        gradient = tl.where(column < real, probability * upstream, 0.0)
+        tl.store(logits_ptr + column, gradient, mask=column < columns)
+
+
+def statistics(logits: torch.Tensor, targets: torch.Tensor, shard: Shard, launch: Launch | None = None) -> torch.Tensor:
+    """[rows, columns] logits and [rows] targets to [3, rows] fp32: maximum, sum of exp, target's logit or -inf."""
+    if not runs_triton(logits, targets):
+        return statistics_reference(logits, targets, shard)
+    rows = logits.shape[0]
+    result = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
+    launch = launch or launch_for("cross_entropy_statistics", shard.columns, logits.element_size(), logits.device)
+    if rows:
+        _statistics_kernel[(rows,)](
+            logits,
+            targets,
+            result,
+            rows,
+            shard.columns,
+            shard.real,
+            shard.first,
+            logits.stride(0),
+            LOWEST=LOWEST,
+            BLOCK=launch.block,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
+        )
+    return result
+
+
+def statistics_reference(logits: torch.Tensor, targets: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """`statistics` in torch."""
+    wide = logits[:, : shard.real].float()
+    highest = wide.amax(1) if shard.real else wide.new_full((logits.shape[0],), LOWEST)
+    target = targets.long() - shard.first
+    held = (target >= 0) & (target < shard.real)
+    wanted = torch.full_like(highest, -torch.inf)
+    wanted[held] = wide[held].gather(1, target[held, None])[:, 0]
+    return torch.stack((highest, (wide - highest[:, None]).exp().sum(1), wanted))
+
+
+def gather(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """[3, rows] of each rank as [ranks, 3, rows]: one all-gather, so that sums have one order on all ranks."""
+    if group is None:
+        return local[None]
+    everybody = torch.empty((dist.get_world_size(group), *local.shape), dtype=local.dtype, device=local.device)
+    dist.all_gather_into_tensor(everybody.flatten(0, 1), local, group=group)
+    return everybody
+
+
+def token_losses(gathered: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[ranks, 3, rows] to the log-sum-exp and the loss of each row, fp32; a loss is 0 where `mask` [rows] uint8 is.
+
+    A target that no rank holds, padding for instance, has the loss +inf.
+    """
+    if not runs_triton(gathered):
+        return token_losses_reference(gathered, mask)
+    ranks, _, rows = gathered.shape
+    normaliser = torch.empty(rows, dtype=torch.float32, device=gathered.device)
+    losses = torch.empty_like(normaliser)
+    launch = launch_for("token_losses", rows, 4, gathered.device)
+    if rows:
+        _losses_kernel[(triton.cdiv(rows, launch.block),)](
+            gathered.contiguous(),
+            mask,
+            normaliser,
+            losses,
+            rows,
+            RANKS=ranks,
+            LOWEST=LOWEST,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
+        )
+    return normaliser, losses
+
+
+def token_losses_reference(gathered: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_losses` in torch."""
+    maximum, part, wanted = gathered.unbind(1)
+    highest = maximum.amax(0)
+    logarithm = ((maximum - highest).exp() * part).sum(0).log()
+    losses = logarithm + (highest - wanted.amax(0))
+    return highest + logarithm, losses if mask is None else losses.where(mask != 0, 0.0)
+
+
+def logit_gradient_(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    normaliser: torch.Tensor,
+    upstream: torch.Tensor,
+    shard: Shard,
+    launch: Launch | None = None,
+) -> None:
+    """Write (softmax - onehot) * upstream over [rows, columns] logits; 0 in padding and in rows of upstream 0."""
+    if not runs_triton(logits, targets):
+        logits.copy_(logit_gradient_reference(logits, targets, normaliser, upstream, shard))
+        return
+    launch = launch or launch_for("cross_entropy_gradient", shard.columns, logits.element_size(), logits.device)
+    blocks = triton.cdiv(shard.columns, launch.block)
+    if logits.numel():
+        _gradient_kernel[(logits.shape[0] * blocks,)](
+            logits,
+            targets,
+            normaliser,
+            upstream,
+            shard.columns,
+            shard.real,
+            shard.first,
+            logits.stride(0),
+            blocks,
+            BLOCK=launch.block,
+            num_warps=launch.warps,
+        )
+
+
+def logit_gradient_reference(
+    logits: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, upstream: torch.Tensor, shard: Shard
+) -> torch.Tensor:
+    """What `logit_gradient_` writes, in torch, fp32."""
+    gradient = (logits.float() - normaliser[:, None]).exp()
+    token = torch.arange(shard.columns, device=logits.device)
+    gradient -= ((targets.long() - shard.first)[:, None] == token).float()
+    counted = (upstream != 0)[:, None] & (token < shard.real)
+    return torch.where(counted, gradient * upstream[:, None], 0.0)
