@@ -1,7 +1,7 @@
 """Kernels beside those of others: time on the device, and the share of what it does at best.
 
-Gate first: whoever's outputs or gradients are not the reference's has no speed. Then a CUDA graph of several calls, each
-on inputs of its own so that none finds them in the cache, is replayed: it measures the device, not the launching.
+Gate first: whoever's outputs or gradients are not the reference's has no speed. Then a CUDA graph of several calls, all
+on inputs of their own so that none is in the cache, is replayed: it measures the device, not the launching.
 """
 
 from collections.abc import Callable, Sequence
