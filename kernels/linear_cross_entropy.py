@@ -32,8 +32,8 @@ class HeadOptions:
         chunk_bytes: most bytes of logits that exist at a time; at least one token's do.
         reduce_hidden_grad: sum the hidden states' gradient over the group, as every rank used all of them. False where
             the caller does it: under sequence parallelism, where the gather's backward is a reduce-scatter.
-        fuse_main_grad: add the weight's gradient to `weight.main_grad` (fp32) and set `grad_added_to_main_grad`, as
-            Megatron's gradient accumulation fusion does; what autograd gets is a placeholder.
+        fuse_main_grad: add the gradient of a trained weight to `weight.main_grad`, in chunks if that is fp32, and set
+            `grad_added_to_main_grad`, as Megatron's gradient accumulation fusion does; autograd gets a placeholder.
     """
 
     chunk_bytes: int = 1 << 28
@@ -91,6 +91,13 @@ class _HiddenGradient:
         return self.total
 
 
+def _sum_of_chunks(weight: torch.Tensor, main_grad: torch.Tensor | None) -> _WeightGradient:
+    """Where chunks add up: `main_grad` itself if it is fp32."""
+    if main_grad is not None and main_grad.dtype == torch.float32:
+        return _WeightGradient(main_grad)
+    return _WeightGradient(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device))
+
+
 def _placeholder(weight: torch.Tensor) -> torch.Tensor:
     """What autograd gets where the gradient is in `main_grad` already: zeros if whoever reads it adds it up."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -132,15 +139,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dweight is not None:
                 dweight.add(logits, hidden[part])
         returned = None
-        if dweight is not None:
-            returned = _placeholder(weight) if ctx.main_grad is not None else dweight.total.to(weight.dtype)
+        if dweight is not None and ctx.main_grad is not None:
+            if dweight.total is not ctx.main_grad:
+                ctx.main_grad.add_(dweight.total)
+            returned = _placeholder(weight)
+        elif dweight is not None:
+            returned = dweight.total.to(weight.dtype)
         return dhidden.wait() if wants_hidden else None, returned, None, None, None, None
-
-
-def _sum_of_chunks(weight: torch.Tensor, main_grad: torch.Tensor | None) -> _WeightGradient:
-    if main_grad is not None:
-        return _WeightGradient(main_grad)
-    return _WeightGradient(torch.zeros(weight.shape, dtype=torch.float32, device=weight.device))
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -276,5 +281,5 @@ def _check_weight(hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptio
             f"weight is {weight.dtype} {tuple(weight.shape)}, hidden {hidden.dtype} {tuple(hidden.shape)}: "
             "weight is [rows, h] in the dtype of hidden [..., h]"
         )
-    if options.fuse_main_grad and getattr(weight, "main_grad", None) is None:
+    if options.fuse_main_grad and weight.requires_grad and getattr(weight, "main_grad", None) is None:
         raise ValueError("fuse_main_grad needs weight.main_grad, which Megatron's DistributedDataParallel makes")

@@ -146,5 +146,26 @@ def test_cross_entropy(compiled: dict[str, Compiled], columns: int, real: int) -
     assert {stack for stand in compiled.values() for stack in stand.stack} == {0}
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_sizes_and_other_types(compiled: dict[str, Compiled], size: int, dtype: torch.dtype) -> None:
+    """Triton makes a constant of an argument that is 1, so that other code is compiled than for large sizes."""
+    x, weight, scale = torch.empty(size, size, dtype=dtype), torch.empty(size), torch.empty(size)
+    rmsnorm.rms_norm_forward(x, None if size == 1 else x, weight, 1e-5)
+    rmsnorm.rms_norm_backward(x, None if size == 1 else x, x, weight, scale)
+    wide = torch.empty(size, 2 * size, dtype=dtype)
+    swiglu.swiglu_backward(swiglu.swiglu_forward(wide), wide)
+    heads, phases = torch.empty(size, size, size, 2 * size, dtype=dtype), torch.empty(size, 2)
+    positions = None if size == 1 else torch.empty(size, dtype=torch.int32)
+    rope.rotate(heads, torch.empty_like(heads), phases, positions, interleaved=size == 1, mscale=1.0, backward=False)
+    targets, mask = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)
+    shard = vocabulary.Shard(size, size - 1, size * (size - 1), None)
+    ranks = vocabulary.statistics(x, targets, shard).expand(size, 3, size)
+    normaliser, losses = vocabulary.token_losses(ranks, None if size == 1 else mask)
+    vocabulary.logit_gradient_(x, targets, normaliser, losses, shard)
+    source_sums.source_sums(losses, targets, size, None if size == 1 else mask)
+    assert all(stand.ptx for stand in compiled.values())
+
+
 def test_every_kernel_is_among_them() -> None:
     assert len(KERNELS) == 9

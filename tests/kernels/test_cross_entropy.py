@@ -1,10 +1,16 @@
 """Cross-entropy on one rank: torch's in float64, padding, masks, what is written over the logits, extreme logits."""
 
+from random import Random
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megacpt_kernels import vocabulary
 from megacpt_kernels.cross_entropy import cross_entropy_reference, vocab_parallel_cross_entropy
+from megacpt_kernels.launch import Launch
 from tests.kernels.compare import FLOATS, TOLERANCE, assert_close, run
 
 
@@ -33,6 +39,19 @@ def test_values_and_gradients(request, device: str, shape, real: int, dtype: tor
         assert_close([gradient], expected[1:], TOLERANCE[dtype])
         assert (gradient[..., real:] == 0).all()
         assert (gradient[~mask] == 0).all()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(0, 20), st.sampled_from([1, 4, 32]), st.randoms())
+def test_any_width_and_any_block(rows: int, real: int, padding: int, block: int, random: Random) -> None:
+    generator = torch.Generator().manual_seed(random.randrange(2**32))
+    logits = 30 * torch.randn(rows, real + padding, generator=generator)
+    logits[:, real:] = torch.nan
+    targets, mask = torch.randint(real, (rows,), generator=generator), torch.ones(rows, dtype=torch.bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "launch_for", lambda *_: Launch(block, 1))
+        results = run(lambda x: vocab_parallel_cross_entropy(x, targets, real_rows=real), [logits])
+    assert_close(results, run(lambda x: double(x, targets, mask, real), [logits], torch.float64), 1e-5)
 
 
 def test_the_gradient_is_written_over_the_logits_once(device: str) -> None:

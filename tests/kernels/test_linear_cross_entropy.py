@@ -101,19 +101,25 @@ def loss(request, case) -> Iterator:
     return summed
 
 
-@pytest.mark.parametrize("zero_out", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_the_gradient_is_added_to_main_grad(case, loss, dtype: torch.dtype, zero_out: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "main", "zero_out"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, False),
+    ],
+)
+def test_the_gradient_is_added_to_main_grad(case, loss, dtype: torch.dtype, main: torch.dtype, zero_out: bool) -> None:
     hidden, weight = case["hidden"].to(dtype), torch.nn.Parameter(case["weight"].to(dtype))
     (expected,) = torch.autograd.grad(loss(hidden, weight, of_rows(4, dtype)), weight)
-    before = torch.randn(COLUMNS, HIDDEN, device=weight.device)
+    before = torch.randn(COLUMNS, HIDDEN, device=weight.device).to(main)
     weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = before.clone(), False, zero_out
     options = HeadOptions(chunk_bytes=4 * COLUMNS * dtype.itemsize, fuse_main_grad=True)
     loss(hidden, weight, options).backward()
     assert weight.grad_added_to_main_grad
     assert weight.grad.shape == weight.shape
     assert not zero_out or (weight.grad == 0).all()
-    assert_close([weight.main_grad], [before + expected.float()], TOLERANCE[dtype])
+    assert_close([weight.main_grad], [before.float() + expected.float()], TOLERANCE[dtype])
 
 
 def test_only_what_is_wanted_gets_a_gradient(case, loss) -> None:
@@ -134,4 +140,6 @@ def test_what_does_not_belong_together_is_refused(case) -> None:
     with pytest.raises(ValueError, match="one a token"):
         linear_cross_entropy_sum(hidden, weight, targets, torch.ones(3))
     with pytest.raises(ValueError, match=r"needs weight\.main_grad"):
-        linear_cross_entropy(hidden, weight, targets, options=HeadOptions(fuse_main_grad=True))
+        linear_cross_entropy(hidden, weight.requires_grad_(), targets, options=HeadOptions(fuse_main_grad=True))
+    frozen = linear_cross_entropy(hidden, weight.detach(), targets, options=HeadOptions(fuse_main_grad=True))
+    assert not frozen.requires_grad

@@ -1,9 +1,12 @@
 """RoPE: megatron-core's `apply_rotary_pos_emb`, in both layouts, partial, interleaved, packed and context-parallel."""
 
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
 from megacpt_kernels.rope import packed_positions, rope, rope_reference
@@ -80,6 +83,34 @@ def test_packed_documents_are_megatrons(device: str, lengths: list[int], size: i
     expected = run(lambda x: megatrons(x, phases, cu_seqlens=cu_seqlens, group=ranks(size, rank)), inputs)
     for function in (rope, rope_reference):
         assert_close(run(lambda x, of=function: of(x, phases, positions), inputs), expected, 1e-5)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(any),
+    st.integers(1, 3),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_positions_of_all_ranks_are_each_place_of_each_document_once(
+    parts: list[int], size: int, behind: int, restart: bool
+) -> None:
+    lengths = [part * 2 * size for part in parts]
+    starts = [0, *accumulate(lengths)]
+    dealt = []
+    for rank in range(size):
+        here = starts[-1] // size
+        positions = packed_positions(torch.tensor(starts), here + behind, cp_rank=rank, cp_size=size, restart=restart)
+        assert positions[here:].tolist() == [0] * behind
+        expected = []
+        for start, part in zip(starts, parts, strict=False):
+            for number in (rank, 2 * size - 1 - rank):
+                expected += [number * part + i + (0 if restart else start) for i in range(part)]
+        assert positions[:here].tolist() == expected
+        dealt += expected
+    whole = [
+        i + (0 if restart else start) for start, length in zip(starts, lengths, strict=False) for i in range(length)
+    ]
+    assert sorted(dealt) == sorted(whole)
 
 
 def test_tokens_behind_the_last_document_have_position_0() -> None:
