@@ -76,7 +76,10 @@ class Validation:
 
 
 def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:
-    """Loss in bits per byte of text, at the whole set's bytes per token; None where its manifest does not count bytes.
+    """Loss in bits per byte: a scored target stands for as many bytes of text as a token of the whole dataset does.
+
+    Tokens of the dataset include EOD, whose bits are the text's; its bytes do not. None where the dataset's manifest
+    does not count bytes, or is another dataset's.
 
     Args:
         loss: nats per token.
@@ -84,8 +87,9 @@ def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:
     dataset, manifest = eval_set.stream.dataset, None
     with suppress(UserError):
         manifest = read_manifest(dataset.prefix)
-    text_bytes = getattr(manifest, "text_bytes", None)
-    return loss / math.log(2) * dataset.tokens / text_bytes if text_bytes else None
+    if manifest is None or manifest.tokens != dataset.tokens or not manifest.text_bytes:
+        return None
+    return loss / math.log(2) * dataset.tokens / manifest.text_bytes
 
 
 def evaluate(

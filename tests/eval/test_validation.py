@@ -1,5 +1,7 @@
 """Validation: every target of the set once, whatever the batch size and the layout; errors are survived together."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from megacpt.config.load import config_from
 from megacpt.data.samples.blended import EvalSet, Sample
 from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
+from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, manifest_path, write_manifest
 from megacpt.eval.validation import Validation
 from megacpt.train.metrics import validation_row
 from tests.jobs import small_config, start, write_corpus
@@ -185,6 +188,13 @@ def test_bits_per_byte_need_the_bytes(corpora: Path) -> None:
     from megacpt.train.planning import make_plan
 
     eval_set = make_plan(config_from(tree, "test"), 1, on_gpu=False).eval_sets["medical"]
-    row = validation_row("medical", eval_set, Validation(np.array([[64.0, 8, 32]] * 2)))
+    result = Validation(np.array([[64.0, 8, 32]] * 2))
+    row = validation_row("medical", eval_set, result)
     assert row["bits_per_byte"] is None
     assert row["loss"] == 2.0
+    dataset = eval_set.stream.dataset
+    manifest = Manifest("0.1.0", [], TokenizerInfo("T", "ab" * 32, 100, None), False, "uint16", json_keys=["text"])
+    for tokens, expected in ((dataset.tokens, 2 / math.log(2) / 4), (dataset.tokens + 1, None)):
+        write_manifest(dataset.prefix, replace(manifest, tokens=tokens, text_bytes=4 * dataset.tokens))
+        assert validation_row("medical", eval_set, result)["bits_per_byte"] == (expected and pytest.approx(expected))
+    manifest_path(dataset.prefix).unlink()
