@@ -14,23 +14,13 @@ from megacpt.data.samples.batches import BatchLayout, micro_batches
 from megacpt.data.samples.blended import EvalSet
 from megacpt.data.tokens.manifest import read_manifest
 from megacpt.errors import UserError
+from megacpt.eval.statistics import Measure
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.model.score import gather_samples, score_micro_batches
-
-RESAMPLES = 1000
-LEVEL = 0.95
 
 
 class EvaluationFailed(Exception):
     """A set could not be evaluated; raised on every rank, with the first failing rank's sentence."""
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """95 % intervals (low, high) of loss and accuracy; None for a set of one sample."""
-
-    loss: tuple[float, float] | None
-    accuracy: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,11 @@ class Validation:
         """Target tokens."""
         return int(self._totals[2])
 
-    def intervals(self) -> Intervals:
-        """Percentile bootstrap over samples (Efron and Tibshirani 1993, chapter 13), with the same draws every time."""
-        count = len(self.samples)
-        if count < 2:
-            return Intervals(None, None)
-        rng = np.random.default_rng(0)
-        sums = np.array([self.samples[rng.integers(count, size=count)].sum(0) for _ in range(RESAMPLES)])
-        means = sums[:, :2] / sums[:, 2:]
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return Intervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
+    def measures(self) -> dict[str, Measure]:
+        """Loss and accuracy, to be resampled sample by sample; an item's key is the number of its sample."""
+        keys = tuple(map(str, range(len(self.samples))))
+        loss, hits, targets = self.samples.T
+        return {"loss": Measure("loss", keys, loss, targets), "accuracy": Measure("accuracy", keys, hits, targets)}
 
 
 def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:

@@ -80,7 +80,8 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
     numbers = (
         "<h2>The gap\u2019s numbers</h2><p>Depth, area and recovery are measured against step 0, linear between "
         "evaluations. A dip is significant where its paired interval excludes zero or, without one, where the worst "
-        "value lies outside the interval of step 0; it is not tested where neither is known.</p>"
+        "value lies outside the interval of step 0; it is not tested where neither is known. Beside a verdict stands "
+        "the 95 % interval of the paired difference.</p>"
     )
     return [*_section("The stability gap", text, charts), numbers, _table(gap_table(arms))]
 

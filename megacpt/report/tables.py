@@ -75,20 +75,29 @@ def _gap_cells(run: RunData, metric: Metric, gap: Gap) -> tuple[Cell, ...]:
     unit = "nats" if metric.measure == "loss" else "share"
     area = Cell(counted(gap.area), f"{unit} \u00d7 tokens") if gap.dipped else Cell("\u2013")
     depth = (
-        Cell(value_text(gap.depth), _verdict(gap), strong=bool(gap.depth_is_significant))
+        Cell(value_text(gap.depth), _verdict(gap, metric), strong=bool(gap.depth_is_significant))
         if gap.dipped
         else Cell("none")
     )
     told = {True: "significant", False: "not significant", None: "not tested"}[gap.delta_is_significant]
-    delta = Cell(signed(gap.delta or 0.0), told if gap.final.iteration else "", strong=bool(gap.delta_is_significant))
+    change = _change_text(metric, gap.final)
+    small = f"{told} {change}".rstrip() if gap.final.iteration else ""
+    delta = Cell(signed(gap.delta or 0.0), small, strong=bool(gap.delta_is_significant))
     return start, worst, depth, area, recovery, peak, final, delta
 
 
-def _verdict(gap: Gap) -> str:
+def _change_text(metric: Metric, mark: Mark) -> str:
+    """The interval of an evaluation's paired difference from step 0."""
+    change = metric.paired.get(mark.iteration)
+    return "" if change is None else interval_text(change.low, change.high)
+
+
+def _verdict(gap: Gap, metric: Metric) -> str:
     if gap.depth_is_significant is None:
         return "not tested"
     if gap.basis == "paired":
-        return "significant (paired)" if gap.depth_is_significant else "within chance (paired)"
+        verdict = "significant" if gap.depth_is_significant else "within chance"
+        return f"{verdict} {_change_text(metric, gap.worst)}"
     return "significant" if gap.depth_is_significant else "inside the interval"
 
 

@@ -129,7 +129,10 @@ def test_the_numbers_of_the_gap_are_in_the_table(run: RunData) -> None:
     assert found is not None
     assert found.start is not None
     assert row[2].text == value_text(found.start.value)
-    assert (row[4].text, row[4].small) == (value_text(found.depth or 0.0), "significant")
+    assert (row[4].text, row[4].small) == (
+        value_text(found.depth or 0.0),
+        "significant [\u22120.062, \u22120.054]",
+    )
     assert "epoch" in row[7].small
 
 
