@@ -8,12 +8,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megacpt.data.samples.batches import BatchLayout, micro_batches
 from megacpt.data.samples.blended import EvalSet
 from megacpt.data.tokens.manifest import read_manifest
 from megacpt.errors import UserError
+from megacpt.eval.agreement import first_failure
 from megacpt.eval.statistics import Measure
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.model.score import gather_samples, score_micro_batches
@@ -82,11 +82,11 @@ def evaluate(
 ) -> Validation:
     """Forward the whole set; what is missing to the last global batch is padding that counts nothing.
 
-    Ranks agree before each batch whether all could read it and had got through the one before. What they cannot
-    survive is an error inside a forward pass on some ranks of a tensor or pipeline group: the others wait in it.
+    Ranks agree before each batch whether all could read it and had got through the one before.
 
     Raises:
         EvaluationFailed: on every rank.
+        RankLost: the forward pass raised on this rank alone, and others wait for it there.
     """
     for chunk in chunks:
         chunk.eval()
@@ -125,13 +125,8 @@ def _score(
     return gather_samples(local, len(starts) * layout.micro_batches, layout.micro_batch_size)
 
 
-def _fail_together(failure: Exception | None) -> None:
+def _fail_together(own: Exception | None) -> None:
     """Raise on every rank if any rank has failed."""
-    failed = torch.tensor([float(failure is not None)], device=torch.cuda.current_device())
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if not failed.item():
-        return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    own = None if failure is None else str(failure) or type(failure).__name__
-    dist.all_gather_object(messages, own)
-    raise EvaluationFailed(next(message for message in messages if message is not None)) from failure
+    failure = first_failure(own)
+    if failure is not None:
+        raise EvaluationFailed(failure) from own
