@@ -93,7 +93,7 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
             paired[iteration] = Change(change, low, high)
     first = metrics[0]
     curve = make_curve(points, higher_is_better=first.curve.higher_is_better)
-    return Metric(first.kind, first.name, first.measure, first.suite, curve, paired)
+    return Metric(first.kind, first.name, first.measure, first.suite, curve, paired, len(metrics))
 
 
 def _value(curve: Curve, iteration: int) -> float:

@@ -34,6 +34,7 @@ class Metric:
         measure: "loss", "accuracy", "acc", "mean", ...
         suite: of a task, the suite it was run for.
         paired: iteration -> its difference from step 0, on the same items or, of several runs, run by run.
+        runs: of how many this is the mean.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Metric:
     suite: str | None
     curve: Curve
     paired: dict[int, Change]
+    runs: int = 1
 
     @property
     def key(self) -> tuple[str, str, str]:

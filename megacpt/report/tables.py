@@ -81,23 +81,27 @@ def _gap_cells(run: RunData, metric: Metric, gap: Gap) -> tuple[Cell, ...]:
     )
     told = {True: "significant", False: "not significant", None: "not tested"}[gap.delta_is_significant]
     change = _change_text(metric, gap.final)
-    small = f"{told} {change}".rstrip() if gap.final.iteration else ""
+    told = f"{told} {change}" if change and not gap.delta_is_significant else change or told
+    small = told if gap.final.iteration else ""
     delta = Cell(signed(gap.delta or 0.0), small, strong=bool(gap.delta_is_significant))
     return start, worst, depth, area, recovery, peak, final, delta
 
 
-def _change_text(metric: Metric, mark: Mark) -> str:
-    """The interval of an evaluation's paired difference from step 0."""
+def _change_text(metric: Metric, mark: Mark, *, depth: bool = False) -> str:
+    """The interval of an evaluation's paired difference from step 0; as a depth, of how much worse it is."""
     change = metric.paired.get(mark.iteration)
-    return "" if change is None else interval_text(change.low, change.high)
+    if change is None or change.low is None or change.high is None:
+        return ""
+    turned = depth and metric.curve.higher_is_better
+    return interval_text(-change.high, -change.low) if turned else interval_text(change.low, change.high)
 
 
 def _verdict(gap: Gap, metric: Metric) -> str:
     if gap.depth_is_significant is None:
         return "not tested"
     if gap.basis == "paired":
-        verdict = "significant" if gap.depth_is_significant else "within chance"
-        return f"{verdict} {_change_text(metric, gap.worst)}"
+        bounds = _change_text(metric, gap.worst, depth=True)
+        return bounds if gap.depth_is_significant else f"within chance {bounds}"
     return "significant" if gap.depth_is_significant else "inside the interval"
 
 

@@ -188,7 +188,9 @@ def _ratio(updated: Sequence[tuple[RunData, int, WeightUpdates]], *, alone: bool
             )
         findings.append(Finding(_ratio_told(updates), colour, name))
     compared = updated[0][2].compared
-    title = f"Bottom {compared} layers' update over the top {compared}'s"
+    title = "The bottom layer's update over the top layer's"
+    if compared > 1:
+        title = f"The bottom {compared} layers' update over the top {compared}'s"
     return LineChart(title, tuple(findings), "ratio", tuple(series), value_text, (Level(1.0, "even"),))
 
 

@@ -131,7 +131,7 @@ def test_the_numbers_of_the_gap_are_in_the_table(run: RunData) -> None:
     assert row[2].text == value_text(found.start.value)
     assert (row[4].text, row[4].small) == (
         value_text(found.depth or 0.0),
-        "significant [\u22120.062, \u22120.054]",
+        "[0.054, 0.062]",
     )
     assert "epoch" in row[7].small
 
