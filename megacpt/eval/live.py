@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megacpt.eval.packing import Row, pack
 from megacpt.eval.scoring import Queries, Scores, ScoringFailed, score
 from megacpt.model.gpt import unwrap
+from megacpt.runtime.setup import RankLost
 
 ROW_TOKENS = 1024
 """How far a row grows by taking in sequences that begin alike."""
@@ -41,13 +42,19 @@ class LiveModel:
     def lead[T](self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0, which may call `ask`; on the other ranks serve it and return None.
 
-        An exception of `work` is raised on rank 0 alone, once the others have been let go.
+        An exception of `work` is raised on rank 0 alone, once the others have been let go; of RankLost nobody is told,
+        for nobody listens.
         """
         if dist.get_rank() == 0:
             try:
-                return work()
-            finally:
+                found = work()
+            except RankLost:
+                raise
+            except BaseException:
                 self._tell(None)
+                raise
+            self._tell(None)
+            return found
         while (request := self._tell(None)) is not None:
             try:
                 rows, queries = request
@@ -66,6 +73,7 @@ class LiveModel:
         Raises:
             ScoringFailed: on every rank where a forward pass raised, on rank 0 where the model gives no numbers: the
                 likeliest of several NaN is the first, so that a metric would look like one.
+            RankLost: as `scoring.score`.
         """
         packed = pack(inputs, min(ROW_TOKENS, self.max_length))
         lengths = [len(cont) for cont in conts]

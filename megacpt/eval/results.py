@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Base = Mapping[str, Items]
-"""Of an earlier evaluation: items by "task/metric"."""
+"""Of an earlier evaluation: items by the name of their measure, such as "task/metric"."""
 
 
 def rows_of(evaluation: "Evaluation", selection: Selection, base: Base | None, base_iteration: int | None) -> list[Row]:
@@ -29,7 +29,7 @@ def rows_of(evaluation: "Evaluation", selection: Selection, base: Base | None, b
     for task, result in evaluation.results.items():
         suite = selection.suite_of(task)
         for name, metric in result.metrics.items():
-            paired = _paired([metric.measure], base, base_iteration) if metric.measure is not None else None
+            paired = paired_row([metric.measure], base, base_iteration) if metric.measure is not None else None
             interval = None if metric.measure is None else estimate([metric.measure])
             rows.append(_task_row(task, suite, name, metric, interval, len(result.items), paired))
             if not math.isfinite(metric.value):
@@ -38,7 +38,7 @@ def rows_of(evaluation: "Evaluation", selection: Selection, base: Base | None, b
     for group in selection.groups:
         members = [accuracies[task] for task in GROUPS[group] if task in accuracies]
         if len(members) == len(GROUPS[group]):
-            paired = _paired([members], base, base_iteration)
+            paired = paired_row([members], base, base_iteration)
             rows.append(_group_row(group, selection.suite_of(group), members, paired))
     rows += [_suite_row(suite, accuracies, base, base_iteration) for suite in selection.suites]
     return rows + errors + [error_row(task, message) for task, message in evaluation.failures.items()]
@@ -109,11 +109,16 @@ def _suite_row(suite: str, accuracies: Mapping[str, Measure], base: Base | None,
         "high": mean and mean.high,
         "absent": absent,
         "tasks": {name: estimate([measures]).value for name, measures in parts.items()},
-        "paired": None if absent else _paired(list(parts.values()), base, base_iteration),
+        "paired": None if absent else paired_row(list(parts.values()), base, base_iteration),
     }
 
 
-def _paired(measures: Sequence[Measure | Sequence[Measure]], base: Base | None, iteration: int | None) -> Row | None:
+def paired_row(measures: Sequence[Measure | Sequence[Measure]], base: Base | None, iteration: int | None) -> Row | None:
+    """Their mean minus that of an earlier evaluation, over the items that both have; None where that cannot be told.
+
+    Args:
+        base, iteration: the earlier evaluation; None: there is none, or it is another run's.
+    """
     found = difference(measures, base) if base is not None else None
     if found is None or not math.isfinite(found[0].value):
         return None

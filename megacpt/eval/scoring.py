@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megacpt.eval.agreement import first_failure
 from megacpt.eval.packing import Row
 from megacpt.model.gpt import LanguageModel, unwrap
 
@@ -88,8 +89,8 @@ def score(chunks: Sequence[torch.nn.Module], rows: Sequence[Row], queries: Queri
         rows: longest first.
 
     Raises:
-        ScoringFailed: a forward pass raised. Where it raised on some ranks while others wait for them inside a
-            collective, nobody can agree on anything: the process group's timeout ends the run, as in a training step.
+        ScoringFailed: a forward pass raised, on whichever rank.
+        RankLost: it raised on this rank alone, and others wait for it there.
     """
     device = next(chunks[0].parameters()).device
     found = torch.zeros(2, len(queries.rows), dtype=torch.float64, device=device)
@@ -98,10 +99,8 @@ def score(chunks: Sequence[torch.nn.Module], rows: Sequence[Row], queries: Queri
         _forward_all(chunks, rows, queries, batch_tokens, found)
     except Exception as error:
         failure = error
-    failed = torch.tensor([float(failure is not None)], device=device)
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if failed.item():
-        reason = f"{type(failure).__name__}: {failure}" if failure is not None else "on another rank"
+    reason = first_failure(failure)
+    if reason is not None:
         raise ScoringFailed(f"the forward pass failed ({reason})") from failure
     dist.all_reduce(found)
     logprobs, likeliest = found.cpu().numpy()

@@ -22,6 +22,7 @@ from megacpt.eval.scoring import ScoringFailed
 from megacpt.eval.statistics import Measure
 from megacpt.eval.suites import MMLU_MEDICAL, unknown_task
 from megacpt.eval.task_data import MMLU, TaskData
+from megacpt.runtime.setup import RankLost
 
 WHERE = {
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -85,6 +86,9 @@ def evaluate_tasks(
     """Run tasks one after the other on all ranks together; the evaluation on rank 0, None elsewhere.
 
     Only rank 0 needs the codec. Whatever a task raises is that task's failure; the next one is run.
+
+    Raises:
+        RankLost: a forward pass raised on this rank alone, and others wait for it there.
     """
     evaluation = Evaluation()
 
@@ -94,6 +98,8 @@ def evaluate_tasks(
         for name in tasks:
             try:
                 evaluation.results[name] = run_task(lm, name, data, limit)
+            except RankLost:
+                raise
             except (UserError, ScoringFailed) as error:
                 evaluation.failures[name] = str(error)
             except Exception as error:

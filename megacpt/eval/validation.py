@@ -8,29 +8,19 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megacpt.data.samples.batches import BatchLayout, micro_batches
 from megacpt.data.samples.blended import EvalSet
 from megacpt.data.tokens.manifest import read_manifest
 from megacpt.errors import UserError
+from megacpt.eval.agreement import first_failure
+from megacpt.eval.statistics import Measure
 from megacpt.model.forward import Batch, stage_reads_batches
 from megacpt.model.score import gather_samples, score_micro_batches
-
-RESAMPLES = 1000
-LEVEL = 0.95
 
 
 class EvaluationFailed(Exception):
     """A set could not be evaluated; raised on every rank, with the first failing rank's sentence."""
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """95 % intervals (low, high) of loss and accuracy; None for a set of one sample."""
-
-    loss: tuple[float, float] | None
-    accuracy: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -63,20 +53,18 @@ class Validation:
         """Target tokens."""
         return int(self._totals[2])
 
-    def intervals(self) -> Intervals:
-        """Percentile bootstrap over samples (Efron and Tibshirani 1993, chapter 13), with the same draws every time."""
-        count = len(self.samples)
-        if count < 2:
-            return Intervals(None, None)
-        rng = np.random.default_rng(0)
-        sums = np.array([self.samples[rng.integers(count, size=count)].sum(0) for _ in range(RESAMPLES)])
-        means = sums[:, :2] / sums[:, 2:]
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        return Intervals((float(low[0]), float(high[0])), (float(low[1]), float(high[1])))
+    def measures(self) -> dict[str, Measure]:
+        """Loss and accuracy, to be resampled sample by sample; an item's key is the number of its sample."""
+        keys = tuple(map(str, range(len(self.samples))))
+        loss, hits, targets = self.samples.T
+        return {"loss": Measure("loss", keys, loss, targets), "accuracy": Measure("accuracy", keys, hits, targets)}
 
 
 def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:
-    """Loss in bits per byte of text, at the whole set's bytes per token; None where its manifest does not count bytes.
+    """Loss in bits per byte: a scored target stands for as many bytes of text as a token of the whole dataset does.
+
+    Tokens of the dataset include EOD, whose bits are the text's; its bytes do not. None where the dataset's manifest
+    does not count bytes, or is another dataset's.
 
     Args:
         loss: nats per token.
@@ -84,8 +72,9 @@ def bits_per_byte(loss: float, eval_set: EvalSet) -> float | None:
     dataset, manifest = eval_set.stream.dataset, None
     with suppress(UserError):
         manifest = read_manifest(dataset.prefix)
-    text_bytes = getattr(manifest, "text_bytes", None)
-    return loss / math.log(2) * dataset.tokens / text_bytes if text_bytes else None
+    if manifest is None or manifest.tokens != dataset.tokens or not manifest.text_bytes:
+        return None
+    return loss / math.log(2) * dataset.tokens / manifest.text_bytes
 
 
 def evaluate(
@@ -93,11 +82,11 @@ def evaluate(
 ) -> Validation:
     """Forward the whole set; what is missing to the last global batch is padding that counts nothing.
 
-    Ranks agree before each batch whether all could read it and had got through the one before. What they cannot
-    survive is an error inside a forward pass on some ranks of a tensor or pipeline group: the others wait in it.
+    Ranks agree before each batch whether all could read it and had got through the one before.
 
     Raises:
         EvaluationFailed: on every rank.
+        RankLost: the forward pass raised on this rank alone, and others wait for it there.
     """
     for chunk in chunks:
         chunk.eval()
@@ -136,13 +125,8 @@ def _score(
     return gather_samples(local, len(starts) * layout.micro_batches, layout.micro_batch_size)
 
 
-def _fail_together(failure: Exception | None) -> None:
+def _fail_together(own: Exception | None) -> None:
     """Raise on every rank if any rank has failed."""
-    failed = torch.tensor([float(failure is not None)], device=torch.cuda.current_device())
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if not failed.item():
-        return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    own = None if failure is None else str(failure) or type(failure).__name__
-    dist.all_gather_object(messages, own)
-    raise EvaluationFailed(next(message for message in messages if message is not None)) from failure
+    failure = first_failure(own)
+    if failure is not None:
+        raise EvaluationFailed(failure) from own

@@ -8,7 +8,7 @@ import numpy as np
 from megacpt.errors import UserError
 from megacpt.eval.seeds import Difference, difference, mean_interval
 from megacpt.eval.stability import Curve, Gap, Point, make_curve
-from megacpt.report.run import Metric, RunData
+from megacpt.report.run import Change, Metric, RunData
 
 Key = tuple[str, str, str]
 
@@ -72,7 +72,7 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
     """The mean over runs at the iterations that all have; one run is returned as it is.
 
     Its interval is the t interval of the mean change since each run's own step 0, so that what seeds differ in before
-    training (the samples of an evaluation set) is no part of it. `paired` says whether it excludes no change. Without a
+    training (the samples of an evaluation set) is no part of it, and `paired` has that change. Without a
     common step 0 it is the t interval of the values.
     """
     if len(metrics) == 1:
@@ -90,10 +90,10 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
         assert high is not None
         points.append(Point(iteration, tokens, level + change, level + low, level + high))
         if iteration and common[0] == 0:
-            paired[iteration] = low > 0 or high < 0
+            paired[iteration] = Change(change, low, high)
     first = metrics[0]
     curve = make_curve(points, higher_is_better=first.curve.higher_is_better)
-    return Metric(first.kind, first.name, first.measure, first.suite, curve, paired)
+    return Metric(first.kind, first.name, first.measure, first.suite, curve, paired, len(metrics))
 
 
 def _value(curve: Curve, iteration: int) -> float:

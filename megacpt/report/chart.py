@@ -98,6 +98,7 @@ class HeatMap:
         rows: names [m], the first drawn lowest.
         values: float64 [n, m].
         diverging: the palette's middle is zero.
+        extent: the values at the ends of the palette, where maps are to be compared; else this map's own.
     """
 
     title: str
@@ -109,6 +110,7 @@ class HeatMap:
     values: Floats
     write: Callable[[float], str]
     diverging: bool = False
+    extent: tuple[float, float] | None = None
 
 
 Chart = LineChart | HeatMap

@@ -1,6 +1,7 @@
 """Heat maps as SVG text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from itertools import pairwise
 
@@ -47,8 +48,19 @@ def draw_heat_map(chart: HeatMap, *, log: bool) -> str:
     return element(chart, parts, log=log)
 
 
+def on_one_scale(charts: Sequence[HeatMap]) -> list[HeatMap]:
+    """Maps of one quantity, so that a colour means the same in all of them."""
+    ranges = [value_range(chart) for chart in charts if np.isfinite(chart.values).any()]
+    if not ranges:
+        return list(charts)
+    extent = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return [replace(chart, extent=extent) for chart in charts]
+
+
 def value_range(chart: HeatMap) -> tuple[float, float]:
     """The values at the ends of the palette."""
+    if chart.extent is not None:
+        return chart.extent
     known = chart.values[np.isfinite(chart.values)]
     if not len(known):
         return 0.0, 1.0

@@ -80,7 +80,8 @@ def _gap_section(arms: Sequence[Arm]) -> list[str]:
     numbers = (
         "<h2>The gap\u2019s numbers</h2><p>Depth, area and recovery are measured against step 0, linear between "
         "evaluations. A dip is significant where its paired interval excludes zero or, without one, where the worst "
-        "value lies outside the interval of step 0; it is not tested where neither is known.</p>"
+        "value lies outside the interval of step 0; it is not tested where neither is known. Bold is "
+        "significant; in small type stands the 95 % interval, of a depth or a difference the paired one.</p>"
     )
     return [*_section("The stability gap", text, charts), numbers, _table(gap_table(arms))]
 
@@ -143,7 +144,7 @@ def _provenance(runs: Sequence[RunData]) -> Iterable[str]:
     if len(runs) > 1:
         differing = configuration_table(runs)
         same = "" if differing.rows else "<p>The runs\u2019 configurations are equal.</p>"
-        yield f"<h3>Where the runs differ</h3>{_table(differing) if differing.rows else same}"
+        yield f"<h3>Where the runs differ</h3>{_table(differing, of='wide') if differing.rows else same}"
     for run in runs:
         heading = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         yield heading + _table(provenance_table(run), of="wide")

@@ -10,7 +10,7 @@ from megacpt.errors import UserError
 from megacpt.eval.stability import Floats, Point, make_curve
 from megacpt.report.folder import read_provenance
 from megacpt.report.rows import NotYet, Row, column, latest_of_each_step, optional_number, read_rows
-from megacpt.report.run import GradientProbe, Metric, RunData, Source, Suite, Training, WeightUpdates
+from megacpt.report.run import Change, GradientProbe, Metric, RunData, Source, Suite, Training, WeightUpdates
 
 
 def read_run(folder: Path, name: str) -> RunData:
@@ -65,7 +65,8 @@ def _set_metrics(rows: Sequence[Row], measure: str) -> list[Metric]:
             _points(own, measure, f"{measure}_low", f"{measure}_high"), higher_is_better=measure == "accuracy"
         )
         if len(curve):
-            found.append(Metric("set", name, measure, None, curve, {}))
+            paired = {row.iteration: change for row in own if (change := _change(row, measure)) is not None}
+            found.append(Metric("set", name, measure, None, curve, paired))
     return found
 
 
@@ -75,17 +76,25 @@ def _named_metrics(rows: Sequence[Row], kind: str) -> list[Metric]:
         curve = make_curve(
             _points(own, "value", "low", "high"), higher_is_better=bool(own[-1].values.get("higher_is_better", True))
         )
-        paired = {row.iteration: verdict for row in own if (verdict := _significant(row)) is not None}
+        paired = {row.iteration: change for row in own if (change := _change(row)) is not None}
         if len(curve):
             suite = own[-1].values.get("suite") if kind == "task" else None
             found.append(Metric(kind, name, measure, suite, curve, paired))
     return found
 
 
-def _significant(row: Row) -> bool | None:
+def _change(row: Row, measure: str | None = None) -> Change | None:
+    """The paired difference from step 0; of a row of several measures, of one of them."""
     paired = row.values.get("paired")
-    significant = paired.get("significant") if isinstance(paired, dict) and paired.get("iteration") == 0 else None
-    return significant if isinstance(significant, bool) else None
+    if measure is not None and isinstance(paired, dict):
+        paired = paired.get(measure)
+    if not isinstance(paired, dict) or paired.get("iteration") != 0:
+        return None
+    delta, low, high = (paired.get(name) for name in ("delta", "low", "high"))
+    if not isinstance(delta, float | int):
+        return None
+    known = isinstance(low, float | int) and isinstance(high, float | int)
+    return Change(delta, low, high) if known else Change(delta, None, None)
 
 
 def _numbers(value: Any) -> dict[str, float]:

@@ -2,11 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megacpt.eval.stability import Curve, Floats, Gap, Integers, gap
 from megacpt.report.folder import Provenance
+
+
+class Change(NamedTuple):
+    """A value minus the one at step 0, paired, and its 95 % interval (None where there is none)."""
+
+    delta: float
+    low: float | None
+    high: float | None
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether the interval excludes zero; None without one."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -17,7 +33,8 @@ class Metric:
         kind: "set" (a named corpus), "task" or "suite".
         measure: "loss", "accuracy", "acc", "mean", ...
         suite: of a task, the suite it was run for.
-        paired: iteration -> whether it differs significantly from step 0 on the same items.
+        paired: iteration -> its difference from step 0, on the same items or, of several runs, run by run.
+        runs: of how many this is the mean.
     """
 
     kind: str
@@ -25,7 +42,8 @@ class Metric:
     measure: str
     suite: str | None
     curve: Curve
-    paired: dict[int, bool]
+    paired: dict[int, Change]
+    runs: int = 1
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -53,7 +71,8 @@ class Metric:
     @property
     def gap(self) -> Gap | None:
         """The gap's numbers."""
-        return gap(self.curve, self.paired)
+        told = {at: change.significant for at, change in self.paired.items()}
+        return gap(self.curve, {at: verdict for at, verdict in told.items() if verdict is not None})
 
 
 @dataclass(frozen=True)

@@ -75,20 +75,33 @@ def _gap_cells(run: RunData, metric: Metric, gap: Gap) -> tuple[Cell, ...]:
     unit = "nats" if metric.measure == "loss" else "share"
     area = Cell(counted(gap.area), f"{unit} \u00d7 tokens") if gap.dipped else Cell("\u2013")
     depth = (
-        Cell(value_text(gap.depth), _verdict(gap), strong=bool(gap.depth_is_significant))
+        Cell(value_text(gap.depth), _verdict(gap, metric), strong=bool(gap.depth_is_significant))
         if gap.dipped
         else Cell("none")
     )
     told = {True: "significant", False: "not significant", None: "not tested"}[gap.delta_is_significant]
-    delta = Cell(signed(gap.delta or 0.0), told if gap.final.iteration else "", strong=bool(gap.delta_is_significant))
+    change = _change_text(metric, gap.final)
+    told = f"{told} {change}" if change and not gap.delta_is_significant else change or told
+    small = told if gap.final.iteration else ""
+    delta = Cell(signed(gap.delta or 0.0), small, strong=bool(gap.delta_is_significant))
     return start, worst, depth, area, recovery, peak, final, delta
 
 
-def _verdict(gap: Gap) -> str:
+def _change_text(metric: Metric, mark: Mark, *, depth: bool = False) -> str:
+    """The interval of an evaluation's paired difference from step 0; as a depth, of how much worse it is."""
+    change = metric.paired.get(mark.iteration)
+    if change is None or change.low is None or change.high is None:
+        return ""
+    turned = depth and metric.curve.higher_is_better
+    return interval_text(-change.high, -change.low) if turned else interval_text(change.low, change.high)
+
+
+def _verdict(gap: Gap, metric: Metric) -> str:
     if gap.depth_is_significant is None:
         return "not tested"
     if gap.basis == "paired":
-        return "significant (paired)" if gap.depth_is_significant else "within chance (paired)"
+        bounds = _change_text(metric, gap.worst, depth=True)
+        return bounds if gap.depth_is_significant else f"within chance {bounds}"
     return "significant" if gap.depth_is_significant else "inside the interval"
 
 

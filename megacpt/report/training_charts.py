@@ -7,6 +7,7 @@ import numpy as np
 from megacpt.eval.stability import Floats
 from megacpt.report.axes import picked, smoothed, thinned
 from megacpt.report.chart import POINTS_MOST, Chart, Finding, HeatMap, Level, LineChart, Series
+from megacpt.report.heat import on_one_scale
 from megacpt.report.run import RunData, WeightUpdates
 from megacpt.report.words import counted, percent, tokens_text, value_text
 
@@ -132,17 +133,14 @@ def first_of_each_colour(runs: Sequence[Coloured]) -> list[Coloured]:
 
 def weight_charts(runs: Sequence[Coloured]) -> list[Chart]:
     """How far which layers moved, and the gradient probe, by arm; bottom against top, all runs."""
-    charts: list[Chart] = []
     updated = [(run, colour, run.updates) for run, colour in runs if run.updates is not None]
-    firsts, alone = first_of_each_colour(runs), len(runs) == 1
-    for run, _ in firsts:
-        if run.updates is not None:
-            charts.append(_update_map(run.updates, "" if alone else f" of {run.name}"))
+    alone = len(runs) == 1
+    firsts = [(run, "" if alone else f" of {run.name}") for run, _ in first_of_each_colour(runs)]
+    charts: list[Chart] = []
+    charts += on_one_scale([_update_map(run.updates, of) for run, of in firsts if run.updates is not None])
     if updated:
         charts.append(_ratio(updated, alone=alone))
-    for run, _ in firsts:
-        if run.probe is not None:
-            charts.append(_probe_map(run, "" if alone else f" of {run.name}"))
+    charts += on_one_scale([_probe_map(run, of) for run, of in firsts if run.probe is not None])
     return charts
 
 
@@ -188,7 +186,9 @@ def _ratio(updated: Sequence[tuple[RunData, int, WeightUpdates]], *, alone: bool
             )
         findings.append(Finding(_ratio_told(updates), colour, name))
     compared = updated[0][2].compared
-    title = f"Bottom {compared} layers' update over the top {compared}'s"
+    title = "The bottom layer's update over the top layer's"
+    if compared > 1:
+        title = f"The bottom {compared} layers' update over the top {compared}'s"
     return LineChart(title, tuple(findings), "ratio", tuple(series), value_text, (Level(1.0, "even"),))
 
 

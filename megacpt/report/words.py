@@ -88,6 +88,8 @@ def _sentence(metric: Metric, title: str, *, ended: bool) -> str:
     if numbers.depth_is_significant is False:
         # An interval that ignores shared items cannot call it chance; a paired one can.
         verdict = "within chance" if numbers.basis == "paired" else "inside the 95 % interval of step 0"
+        if numbers.basis == "paired" and metric.runs > 1:
+            verdict = f"within the spread of {metric.runs} seeds"
         return f"{title} {worse} by {depth} by {where}, {verdict}: {_course(numbers, ended=ended)}."
     recovery = numbers.tokens_to_recovery
     if recovery is None:

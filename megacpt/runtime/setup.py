@@ -27,6 +27,10 @@ GRACE_S = 15.0
 """How long other ranks leave it to rank 0 to tell of an error."""
 
 
+class RankLost(UserError):
+    """This rank has left a collective in which others wait for it for good: the job has to end."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How ranks are divided; data parallelism takes what is left of the world."""
@@ -185,6 +189,10 @@ def exit_code_of_rank(work: Callable[[], object]) -> int:
     except UserError as error:
         if first_to_speak():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RankLost):
+            # Groups cannot be left, and Python cannot end, while a collective is unfinished.
+            sys.stdout.flush()
+            os._exit(2)
         return 2
     except RuntimeError:
         if another_spoke():

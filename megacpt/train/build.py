@@ -20,6 +20,7 @@ from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
 from megacpt.train.progress import progress_at_start
 from megacpt.train.start import base_weights, initial_weights
+from megacpt.train.step_zero import StepZero
 from megacpt.train.tasks import build_tasks
 
 
@@ -68,6 +69,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         ended=plan.ended,
         base=base,
         tasks=build_tasks(plan, is_first=rank.is_first),
+        step_zero=StepZero.open(folder, resumes=plan.resume is not None) if rank.is_first else None,
     )
 
 

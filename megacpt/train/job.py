@@ -14,9 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megacpt.config.load import dump_config
 from megacpt.data.samples.batches import BatchLayout
+from megacpt.data.samples.blended import EvalSet
 from megacpt.errors import UserError
 from megacpt.eval.results import error_row
-from megacpt.eval.validation import EvaluationFailed, evaluate
+from megacpt.eval.validation import EvaluationFailed, Validation, evaluate
 from megacpt.model.forward import Batch, run_batches
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.unfinished import Report
@@ -33,6 +34,7 @@ from megacpt.train.plan import Plan
 from megacpt.train.progress import Progress
 from megacpt.train.rows import Row
 from megacpt.train.shares import gather_parameters
+from megacpt.train.step_zero import StepZero
 from megacpt.train.tasks import Tasks
 from megacpt.train.weight_update import BaseWeights, weight_update
 
@@ -45,6 +47,7 @@ class Job:
         watch: what evaluations decide, on the first rank.
         ended: how the guard ended the run, now or earlier.
         base: the weights of iteration 0, where the distance from them is measured.
+        step_zero: what validations are paired with, on the first rank.
     """
 
     plan: Plan
@@ -61,6 +64,7 @@ class Job:
     ended: Ended | None = None
     base: BaseWeights | None = None
     tasks: Tasks | None = None
+    step_zero: StepZero | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -185,7 +189,8 @@ class Job:
         return verdict
 
     def _validate(self) -> None:
-        config = self.plan.config
+        config, iteration = self.plan.config, self.progress.iteration
+        finite: dict[str, tuple[EvalSet, Validation]] = {}
         for name, eval_set in self.plan.eval_sets.items():
             try:
                 result = evaluate(
@@ -198,13 +203,16 @@ class Job:
             except EvaluationFailed as error:
                 self._report(error_row(name, str(error)))
                 continue
-            if self.log is None:
+            if self.log is None or self.step_zero is None:
                 continue
-            row = validation_row(name, eval_set, result)
+            row = validation_row(name, eval_set, result, self.step_zero.base(name, eval_set) if iteration else None)
             if "validation" in row:
+                finite[name] = (eval_set, result)
                 self.log.validation(self._here() | row)
             else:
                 self._report(row)
+        if iteration == 0 and self.step_zero is not None:
+            self.step_zero.keep(finite)
 
     def _judge(self) -> Verdict:
         if self.plan.config.guard is None and self.plan.config.save.best is None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.data.samples.blended import EvalSet
-from megacpt.eval.results import error_row, line_of
+from megacpt.eval.results import Base, error_row, line_of, paired_row
+from megacpt.eval.statistics import estimate
 from megacpt.eval.validation import Validation, bits_per_byte
 from megacpt.files import disk_errors, write_text
 from megacpt.train.rows import Row, diagnostic_line, diagnostic_scalars, is_evaluation
@@ -64,24 +65,29 @@ def train_line(row: Row, total: int) -> str:
     return " | ".join(parts) + " |"
 
 
-def validation_row(name: str, eval_set: EvalSet, result: Validation) -> Row:
-    """The row of a validation, or of its failure where the loss is not finite; without the common fields."""
+def validation_row(name: str, eval_set: EvalSet, result: Validation, base: Base | None = None) -> Row:
+    """The row of a validation, or of its failure where the loss is not finite; without the common fields.
+
+    Args:
+        base: the samples of the same set at step 0, to pair with.
+    """
     if not math.isfinite(result.loss):
         return error_row(name, f"the loss is {result.loss}")
-    intervals = result.intervals()
-    loss_low, loss_high = intervals.loss or (None, None)
-    accuracy_low, accuracy_high = intervals.accuracy or (None, None)
+    measures = result.measures()
+    loss, accuracy = estimate([measures["loss"]]), estimate([measures["accuracy"]])
+    paired = {measure: paired_row([values], base, 0) for measure, values in measures.items()}
     return {
         "validation": name,
         "loss": result.loss,
         "ppl": perplexity(result.loss),
         "tokens": result.tokens,
         "accuracy": result.accuracy,
-        "loss_low": loss_low,
-        "loss_high": loss_high,
-        "accuracy_low": accuracy_low,
-        "accuracy_high": accuracy_high,
+        "loss_low": loss.low,
+        "loss_high": loss.high,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
         "bits_per_byte": bits_per_byte(result.loss, eval_set),
+        "paired": None if base is None else paired,
     }
 
 

@@ -65,12 +65,13 @@ def test_no_difference_is_none_and_only_shared_items_count() -> None:
     assert not same[0].excludes_zero
     fewer = difference([measure([1.0, 0.0, 1.0])], {"task/acc": items([0.0])})
     assert fewer is not None
-    assert (fewer[0].value, fewer[1]) == (1.0, 1)
+    assert (fewer[0].value, fewer[0].low, fewer[1]) == (1.0, None, 1)
+    assert not fewer[0].excludes_zero
     assert difference([measure([1.0])], {"other/acc": items([1.0])}) is None
     assert difference([measure([1.0])], {"task/acc": {"elsewhere": (1.0, 1.0)}}) is None
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=40))
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40))
 def test_a_difference_turns_its_sign_with_its_sides(pairs: list[tuple[int, int]]) -> None:
     now, before = ([float(pair[side]) for pair in pairs] for side in (0, 1))
     forth = difference([measure(now)], {"task/acc": items(before)})

@@ -1,6 +1,9 @@
 """Validation: every target of the set once, whatever the batch size and the layout; errors are survived together."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ import torch
 from megacpt.config.load import config_from
 from megacpt.data.samples.blended import EvalSet, Sample
 from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
+from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, manifest_path, write_manifest
+from megacpt.eval.statistics import estimate
 from megacpt.eval.validation import Validation
 from megacpt.train.metrics import validation_row
 from tests.jobs import small_config, start, write_corpus
@@ -112,8 +117,13 @@ def test_accuracy_is_that_of_transformers(tmp_path: Path) -> None:
         assert result.samples[:, 2].tolist() == valid.sum(1).tolist()
         assert result.samples[:, 0] == pytest.approx((losses * valid).sum(1).numpy(), rel=1e-5)
         assert result.accuracy == int(hits.sum()) / int(valid.sum())
-    assert results["one"].intervals() == results["dp2"].intervals()
+    assert intervals(results["one"]) == intervals(results["dp2"])
     assert 0.1 < results["one"].accuracy < 0.9
+
+
+def intervals(result: Validation) -> tuple[Any, Any]:
+    measures = result.measures()
+    return estimate([measures["loss"]]), estimate([measures["accuracy"]])
 
 
 def test_intervals_cover_the_value_and_are_repeatable() -> None:
@@ -121,16 +131,14 @@ def test_intervals_cover_the_value_and_are_repeatable() -> None:
     targets = np.full(400, 32.0)
     hits = rng.binomial(32, 0.3, 400).astype(float)
     result = Validation(np.stack([rng.normal(64, 8, 400), hits, targets], axis=1))
-    loss, accuracy = result.intervals().loss, result.intervals().accuracy
-    assert loss is not None
-    assert accuracy is not None
-    assert (loss, accuracy) == (result.intervals().loss, result.intervals().accuracy)
+    loss, accuracy = intervals(result)
+    assert (loss, accuracy) == intervals(result)
     # Standard errors of the means: 8 / 32 / sqrt(400) and sqrt(0.3 * 0.7 / 12800).
-    assert np.diff(loss) == pytest.approx(2 * 1.96 * 0.0125, rel=0.15)
-    assert np.diff(accuracy) == pytest.approx(2 * 1.96 * 0.00405, rel=0.15)
-    assert loss[0] < result.loss < loss[1]
-    assert accuracy[0] < result.accuracy < accuracy[1]
-    assert Validation(np.array([[64.0, 8, 32]])).intervals().loss is None
+    assert loss.high - loss.low == pytest.approx(2 * 1.96 * 0.0125, rel=0.15)
+    assert accuracy.high - accuracy.low == pytest.approx(2 * 1.96 * 0.00405, rel=0.15)
+    assert loss.low < result.loss < loss.high
+    assert accuracy.low < result.accuracy < accuracy.high
+    assert intervals(Validation(np.array([[64.0, 8, 32]])))[0].low is None
 
 
 class Unreadable(EvalSet):
@@ -185,6 +193,13 @@ def test_bits_per_byte_need_the_bytes(corpora: Path) -> None:
     from megacpt.train.planning import make_plan
 
     eval_set = make_plan(config_from(tree, "test"), 1, on_gpu=False).eval_sets["medical"]
-    row = validation_row("medical", eval_set, Validation(np.array([[64.0, 8, 32]] * 2)))
+    result = Validation(np.array([[64.0, 8, 32]] * 2))
+    row = validation_row("medical", eval_set, result)
     assert row["bits_per_byte"] is None
     assert row["loss"] == 2.0
+    dataset = eval_set.stream.dataset
+    manifest = Manifest("0.1.0", [], TokenizerInfo("T", "ab" * 32, 100, None), False, "uint16", json_keys=["text"])
+    for tokens, expected in ((dataset.tokens, 2 / math.log(2) / 4), (dataset.tokens + 1, None)):
+        write_manifest(dataset.prefix, replace(manifest, tokens=tokens, text_bytes=4 * dataset.tokens))
+        assert validation_row("medical", eval_set, result)["bits_per_byte"] == (expected and pytest.approx(expected))
+    manifest_path(dataset.prefix).unlink()

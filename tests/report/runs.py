@@ -55,19 +55,29 @@ def training(step: int, steps: int, noise: np.random.Generator) -> dict[str, Any
     }
 
 
+def change(delta: float, half: float) -> dict[str, Any]:
+    """A paired difference from step 0."""
+    low, high = delta - half, delta + half
+    return {
+        "iteration": 0, "delta": delta, "low": low, "high": high, "significant": low > 0 or high < 0, "items": 64,
+    }  # fmt: skip
+
+
 def evaluations(step: int, depth: float, noise: np.random.Generator, missing: str | None) -> list[dict[str, Any]]:
     wobble = 0.0 if step == 0 else float(noise.normal(0, 0.002))
     general, medical = 0.283 + dip(step, depth, 40, 0.01) + wobble, 0.05 + dip(step, 0, 40, 0.2) + wobble
     rows: list[dict[str, Any]] = []
-    for name, accuracy, loss in (
-        ("medical", medical, 7.56 - 15 * (medical - 0.05)),
-        ("general", general, 6.6 - 5 * general),
+    for name, accuracy, start, loss in (
+        ("medical", medical, 0.05, 7.56 - 5 * (medical - 0.05)),
+        ("general", general, 0.283, 6.6 - 5 * general),
     ):
         rows.append(
             {
                 "validation": name, "loss": loss, "ppl": math.exp(loss), "tokens": 16384, "accuracy": accuracy,
                 "loss_low": loss - 0.08, "loss_high": loss + 0.08, "accuracy_low": accuracy - 0.01,
                 "accuracy_high": accuracy + 0.01, "bits_per_byte": None,
+                "paired": {"loss": change(-5 * (accuracy - start), 0.01), "accuracy": change(accuracy - start, 0.004)}
+                if step else None,
             }
         )  # fmt: skip
     values: dict[str, float | None] = {}

@@ -11,7 +11,7 @@ import pytest
 
 from megacpt.report.arms import make_arms
 from megacpt.report.chart import Finding, HeatMap, LineChart, Series
-from megacpt.report.heat import draw_heat_map
+from megacpt.report.heat import draw_heat_map, on_one_scale, value_range
 from megacpt.report.page import make_page
 from megacpt.report.palette import SEQUENTIAL, shade
 from megacpt.report.reading import read_run
@@ -129,7 +129,10 @@ def test_the_numbers_of_the_gap_are_in_the_table(run: RunData) -> None:
     assert found is not None
     assert found.start is not None
     assert row[2].text == value_text(found.start.value)
-    assert (row[4].text, row[4].small) == (value_text(found.depth or 0.0), "significant")
+    assert (row[4].text, row[4].small) == (
+        value_text(found.depth or 0.0),
+        "[0.054, 0.062]",
+    )
     assert "epoch" in row[7].small
 
 
@@ -162,3 +165,12 @@ def test_labels_and_ticks() -> None:
     assert len(cut("a" * 50)) == 24
     assert shade(SEQUENTIAL, 0) == SEQUENTIAL[0]
     assert shade(SEQUENTIAL, 2) == SEQUENTIAL[-1]
+
+
+def test_a_colour_means_the_same_in_all_maps_of_a_quantity() -> None:
+    maps = [
+        HeatMap(name, (), "layer", "ratio", np.array([1.0, 2.0]), ("0",), np.array(values)[:, None], value_text)
+        for name, values in (("a", [0.5, 2.0]), ("b", [0.0, np.nan]), ("c", [np.nan, np.nan]))
+    ]
+    assert [value_range(found) for found in on_one_scale(maps)] == [(0.0, 2.0)] * 3
+    assert value_range(on_one_scale(maps[2:])[0]) == (0.0, 1.0)

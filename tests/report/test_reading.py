@@ -44,6 +44,10 @@ def test_every_kind_of_row(tmp_path: Path) -> None:
     assert accuracy.curve.iteration.tolist() == list(EVALUATIONS)
     assert accuracy.curve.higher_is_better
     assert np.isfinite(accuracy.curve.low).all()
+    assert accuracy.paired.keys() == set(EVALUATIONS) - {0}
+    assert accuracy.gap is not None
+    assert (accuracy.gap.basis, accuracy.gap.depth_is_significant) == ("paired", True)
+    assert accuracy.paired[accuracy.gap.worst.iteration].delta == pytest.approx(-accuracy.gap.depth)
     task = run.metric(("task", "pubmedqa", "acc"))
     assert task is not None
     assert task.paired.keys() == set(EVALUATIONS) - {0}
@@ -68,6 +72,19 @@ def test_a_run_of_validation_and_training_rows_alone(tmp_path: Path) -> None:
     assert run.training.sources["b"].loss.tolist() == pytest.approx([np.nan], nan_ok=True)
     assert run.provenance.config == {}
     assert not run.ended
+
+
+def test_what_is_paired_decides_before_intervals_do(tmp_path: Path) -> None:
+    change = {"iteration": 0, "delta": 0.1, "low": 0.05, "high": 0.15}
+    rows = validation(0, 5.0, loss_low=4.0, loss_high=6.0) + validation(1, 5.1, paired={"loss": change})
+    (loss,) = read_run(metrics(tmp_path / "run", rows), "run").metrics
+    assert loss.gap is not None
+    assert (loss.gap.depth_is_significant, loss.gap.basis) == (True, "paired")
+    for other in ({**change, "low": None}, {**change, "iteration": 1}, {"delta": "x", "iteration": 0}, 7, None):
+        rows = validation(0, 5.0, loss_low=4.0, loss_high=6.0) + validation(1, 5.1, paired={"loss": other})
+        (loss,) = read_run(metrics(tmp_path / "run", rows), "run").metrics
+        assert loss.gap is not None
+        assert (loss.gap.depth_is_significant, loss.gap.basis) == (False, "interval")
 
 
 def test_rows_of_a_resumed_run_stand_for_those_before(tmp_path: Path) -> None:

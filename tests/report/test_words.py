@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 
 from megacpt.eval.stability import Point, make_curve
-from megacpt.report.run import Metric
+from megacpt.report.run import Change, Metric
 from megacpt.report.words import counted, duration, gap_sentence, interval_text, signed, value_text
 
 
@@ -37,6 +38,16 @@ def metric(values: list[float], *, spread: float | None = 0.01, first: int = 0, 
 )  # fmt: skip
 def test_what_a_curve_did(values: list[float], ended: bool, sentence: str) -> None:
     assert gap_sentence(metric(values), ended=ended) == sentence
+
+
+@pytest.mark.parametrize(("runs", "words"), [(1, "within chance"), (3, "within the spread of 3 seeds")])
+def test_a_paired_verdict_says_of_what(runs: int, words: str) -> None:
+    found = replace(metric([0.3, 0.2, 0.25]), paired={1: Change(-0.1, -0.3, 0.1)}, runs=runs)
+    assert gap_sentence(found, ended=True) == (
+        f"General next-token accuracy fell by 0.100 by 100K tokens, {words}: it ended 0.050 lower, 0.300 to 0.250."
+    )
+    found = replace(found, paired={1: Change(-0.1, -0.15, -0.05)})
+    assert "and had not recovered" in gap_sentence(found, ended=True)
 
 
 def test_loss_rises() -> None:

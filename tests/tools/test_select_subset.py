@@ -78,7 +78,7 @@ def test_a_copy_in_rank_order(scored: Path, tmp_path: Path, run: Run) -> None:
     for place, document in enumerate(ids.tolist()):
         assert copy.read(place).tolist() == dataset.read(document).tolist()
     manifest = read_manifest(tmp_path / "copy")
-    assert (manifest.documents, manifest.tokens) == (len(copy), copy.tokens)
+    assert (manifest.documents, manifest.tokens, manifest.text_bytes) == (len(copy), copy.tokens, None)
     assert manifest.tokenizer == read_manifest(scored / "data_text_document").tokenizer
 
 

@@ -11,6 +11,7 @@ import torch
 from megacpt.config.load import config_from
 from megacpt.errors import UserError
 from tests.eval import readers
+from tests.eval.lose_rank import assert_lost
 from tests.ranks import run_ranks
 from tests.train import tiny
 
@@ -150,6 +151,10 @@ def test_a_failed_evaluation_is_a_row_and_training_goes_on(fault: str, message: 
     assert len(tiny.losses(run)[0]) == 4
     assert ": NaN" not in (run / "metrics.jsonl").read_text()
     assert "failed" in (run / "train.log").read_text()
+
+
+def test_a_task_that_fails_on_one_rank_alone_ends_the_run(folder: Path, tmp_path: Path) -> None:
+    assert_lost(0, tree(folder, "lost", tiny.layout(tp=2)), tmp_path)
 
 
 def test_a_suite_names_what_is_absent(folder: Path) -> None:

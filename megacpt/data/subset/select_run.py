@@ -176,6 +176,7 @@ def _manifest_of_part(made: Manifest, lengths: np.ndarray) -> Manifest:
         tokens=int(lengths.sum(dtype=np.int64)),
         empty_documents=0,
         eod_tokens=len(lengths) if made.append_eod else 0,
+        text_bytes=None,
         filters=None,
         lengths=None,
         shard=None,

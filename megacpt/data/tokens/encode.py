@@ -41,12 +41,14 @@ class EncodedBlock:
     """Tokens of a block: per key, [tokens] as in `.bin` and int32 [documents] lengths; and what it took.
 
     Attributes:
+        text_bytes: per key, UTF-8 bytes of each document's text, int64 [documents].
         skipped: rows dropped, by kind.
         digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
     """
 
     tokens: list[np.ndarray]
     lengths: list[np.ndarray]
+    text_bytes: list[np.ndarray]
     skipped: Counter[str]
     consumed: int
     text: int
@@ -64,18 +66,19 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     # Of the rows, the texts alone are kept: there may be a very long one.
     columns = kept_columns(block.loaded(), encoding.keys, encoding.filters, skipped)
     digests = None if encoding.dedup == "none" else digests_of(columns[0])
-    tokens, lengths = [], []
+    tokens, lengths, text_bytes = [], [], []
     for texts in columns:
-        ids, sizes = encode_texts(tokenizer, texts, dtype)
+        ids, sizes, own_bytes = encode_texts(tokenizer, texts, dtype)
         if encoding.append_eod:
             assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
             ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
         tokens.append(ids)
         lengths.append(sizes)
-    return EncodedBlock(tokens, lengths, skipped, block.consumed, block.size, digests)
+        text_bytes.append(own_bytes)
+    return EncodedBlock(tokens, lengths, text_bytes, skipped, block.consumed, block.size, digests)
 
 
 def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """End every document that has tokens with `eod`; shapes as `Tokenizer.encode_flat`."""
+    """End every document that has tokens with `eod`; shapes as `Encoded`."""
     filled = lengths > 0
     return np.insert(ids, np.cumsum(lengths, dtype=np.int64)[filled], eod), lengths + filled.astype(np.int32)

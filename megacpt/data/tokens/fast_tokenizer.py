@@ -19,7 +19,14 @@ import numpy as np
 
 from megacpt.data.tokens.fast_definition import Definition, Unsuited, from_sentencepiece, from_tokenizer_json
 from megacpt.data.tokens.long_texts import framing
-from megacpt.data.tokens.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megacpt.data.tokens.tokenizer import (
+    Encoded,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sizes_of,
+)
 from megacpt.errors import UserError
 
 ENGINES = ("auto", "fast", "reference")
@@ -126,7 +133,7 @@ class FastTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return self.encode_flat([text], add_special_tokens)[0]
 
-    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> Encoded:
         if self._unproven > 0 and not self.fallen:
             self._prove(texts, add_special_tokens)
         if self.fallen:
@@ -144,11 +151,12 @@ class FastTokenizer:
         self._engine = _gigatoken(self._definition)
         self._resident = _resident_bytes()
 
-    def _encode(self, texts: Sequence[str], framed: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, texts: Sequence[str], framed: bool) -> Encoded:
         encode = self._engine.encode
         wide = {i: text.encode("utf-8") for i, text in enumerate(texts) if not text.isascii()}
         again = [list(wide)[i] for i in self._characters.doubtful(list(wide.values()))]
-        ids = [encode(wide.get(i, text)) for i, text in enumerate(texts)]
+        content: list[str | bytes] = [wide.get(i, text) for i, text in enumerate(texts)]
+        ids, text_bytes = list(map(encode, content)), sizes_of(content)
         flat, lengths = _joined(ids)
         if len(flat) and flat.max() >= self.vocab_size:
             again += [i for i, own in enumerate(ids) if len(own) and own.max() >= self.vocab_size]
@@ -157,8 +165,9 @@ class FastTokenizer:
         before, after = self._frame
         if framed and len(before) + len(after):
             flat, _ = _joined([part for own in ids for part in (before, own, after)])
-            return flat, np.fromiter(map(len, ids), np.int32, len(ids)) + np.int32(len(before) + len(after))
-        return _joined(ids) if again else (flat, lengths)
+            lengths = np.fromiter(map(len, ids), np.int32, len(ids)) + np.int32(len(before) + len(after))
+            return Encoded(flat, lengths, text_bytes)
+        return Encoded(*(_joined(ids) if again else (flat, lengths)), text_bytes)
 
     def _difference(self, texts: Sequence[str], framed: bool) -> str | None:
         """Where the two tokenizers differ on these texts, in words."""

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from megacpt.data.tokens.tokenizer import Tokenizer
+from megacpt.data.tokens.tokenizer import Encoded, Tokenizer, sizes_of
 
 LONG = 1 << 23
 """Characters from which a text is encoded in pieces, and of a piece, about."""
@@ -22,17 +22,14 @@ TRIES = 64
 """Places that are tried before the rest of a text is encoded whole."""
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """`Tokenizer.encode_flat` of texts framed as the tokenizer frames them, in the dtype of a dataset.
-
-    Returns:
-        ids [tokens] and lengths int32 [texts].
-    """
+def encode_texts(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype) -> Encoded:
+    """`Tokenizer.encode_flat` of texts framed as the tokenizer frames them, with ids in the dtype of a dataset."""
     if not any(len(text) > LONG for text in texts):
-        ids, lengths = tokenizer.encode_flat(texts, add_special_tokens=True)
-        return ids.astype(dtype), lengths
+        encoded = tokenizer.encode_flat(texts, add_special_tokens=True)
+        return encoded._replace(ids=encoded.ids.astype(dtype))
     parts = [_encode(tokenizer, text, dtype) for text in texts]
-    return np.concatenate(parts), np.fromiter(map(len, parts), np.int32, len(parts))
+    sizes = [int(sizes_of([text[at : at + LONG] for at in range(0, len(text), LONG)]).sum()) for text in texts]
+    return Encoded(np.concatenate(parts), np.fromiter(map(len, parts), np.int32, len(parts)), np.array(sizes))
 
 
 def _encode(tokenizer: Tokenizer, text: str, dtype: np.dtype) -> np.ndarray:

@@ -51,6 +51,7 @@ class Manifest:
         documents: documents in the index, empty ones included.
         tokens: all tokens, EOD included.
         eod_tokens: documents that end with an EOD of ours.
+        text_bytes: UTF-8 bytes of the text of all documents; None where nobody counted them.
         skipped: rows passed over under --skip-invalid, by kind.
         too_short, duplicates: rows dropped by `filters`.
         filters: None if no one run over the inputs would give these documents (a merge of differing datasets).
@@ -70,6 +71,7 @@ class Manifest:
     documents: int = 0
     tokens: int = 0
     eod_tokens: int = 0
+    text_bytes: int | None = None
     empty_documents: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     too_short: int = 0
@@ -187,6 +189,7 @@ def _added_later(fields: _Fields) -> dict[str, Any]:
     return {
         "json_keys": fields.get("json_keys", list),
         "eod_tokens": fields.count("eod_tokens"),
+        "text_bytes": None if fields.values.get("text_bytes") is None else fields.count("text_bytes"),
         "too_short": fields.count("too_short"),
         "duplicates": fields.count("duplicates"),
         "filters": filters

@@ -23,6 +23,7 @@ from megacpt.files import atomic_write
 
 COPY_BYTES = 1 << 24
 DIGESTS_AT_ONCE = 1 << 16
+SIZE_BYTES = 8
 
 
 @dataclass
@@ -86,9 +87,11 @@ def merge(
     manifest = _common_manifest(found, warn)
     clear_the_way(output_prefix, overwrite)
     if manifest is not None:
-        dropped = _drop_repeated(found)
+        dropped, dropped_bytes = _drop_repeated(found)
         lengths = np.concatenate([part.lengths.astype(np.int32) for part in found])
-        manifest = replace(with_counts(manifest, manifest.json_key, lengths), duplicates=manifest.duplicates + dropped)
+        text_bytes = None if manifest.text_bytes is None else manifest.text_bytes - dropped_bytes
+        manifest = replace(manifest, duplicates=manifest.duplicates + dropped)
+        manifest = with_counts(manifest, manifest.json_key, lengths, text_bytes)
         refuse_if_empty(manifest)
     _write(found, output_prefix, manifest)
     return manifest
@@ -132,23 +135,26 @@ def _repeated(prefixes: Sequence[str]) -> str:
     return next(prefix for prefix, count in Counter(prefixes).items() if count > 1)
 
 
-def _drop_repeated(found: Sequence[Part]) -> int:
-    """Mark documents of shards whose text an earlier one of them had; how many."""
+def _drop_repeated(found: Sequence[Part]) -> tuple[int, int]:
+    """Mark documents of shards whose text an earlier one of them had; how many, and the bytes of their text."""
     if any(p.manifest is None or p.manifest.shard is None or p.manifest.filters is None for p in found):
-        return 0
+        return 0, 0
     if any(p.manifest and p.manifest.filters and p.manifest.filters.dedup == "none" for p in found):
-        return 0
-    seen = DigestSet()
+        return 0, 0
+    seen, dropped, dropped_bytes = DigestSet(), 0, 0
     for part in found:
-        path = digests_path(part.prefix)
-        if not path.is_file() or path.stat().st_size != DIGEST_BYTES * len(part.data):
+        path, count = digests_path(part.prefix), len(part.data)
+        if not path.is_file() or path.stat().st_size != (DIGEST_BYTES + SIZE_BYTES) * count:
             raise UserError(
                 f"{path}: missing or not of this shard, and --dedup needs it to compare shards; encode the shard again"
             )
-        digests = np.memmap(path, dtype="<u8", mode="r").reshape(-1, 2) if len(part.data) else np.empty((0, 2), "<u8")
-        new = [seen.add(digests[i : i + DIGESTS_AT_ONCE]) for i in range(0, len(digests), DIGESTS_AT_ONCE)]
+        words = np.memmap(path, dtype="<u8", mode="r") if count else np.empty(0, "<u8")
+        digests, text_bytes = words[: 2 * count].reshape(-1, 2), words[2 * count :]
+        new = [seen.add(digests[i : i + DIGESTS_AT_ONCE]) for i in range(0, count, DIGESTS_AT_ONCE)]
         part.kept = np.concatenate([np.empty(0, dtype=bool), *new])
-    return sum(int((~part.kept).sum()) for part in found if part.kept is not None)
+        dropped += int((~part.kept).sum())
+        dropped_bytes += int(text_bytes[~part.kept].sum())
+    return dropped, dropped_bytes
 
 
 def _write(found: Sequence[Part], prefix: str, manifest: Manifest | None) -> None:

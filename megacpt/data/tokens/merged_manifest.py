@@ -75,6 +75,7 @@ def merged_manifest(manifests: Mapping[str, Manifest]) -> Manifest:
         inputs=_inputs(found),
         json_key=_agreed(manifest.json_key for manifest in found),
         json_keys=list(dict.fromkeys(key for manifest in found for key in manifest.json_keys)),
+        text_bytes=_text_bytes(found),
         skipped=dict(sorted(sum((Counter(manifest.skipped) for manifest in found), Counter()).items())),
         too_short=sum(manifest.too_short for manifest in found),
         duplicates=sum(manifest.duplicates for manifest in found),
@@ -86,6 +87,11 @@ def merged_manifest(manifests: Mapping[str, Manifest]) -> Manifest:
         },
         shard=None,
     )
+
+
+def _text_bytes(found: Sequence[Manifest]) -> int | None:
+    counts = [manifest.text_bytes for manifest in found]
+    return None if None in counts else sum(count for count in counts if count is not None)
 
 
 def _described(manifest: Manifest) -> str:

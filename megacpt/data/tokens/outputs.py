@@ -24,7 +24,8 @@ class Dataset:
 
 
 def digests_path(prefix: str | Path) -> Path:
-    """`PREFIX.digests`: of the documents of one of several jobs, for the merge to find those of two jobs."""
+    """`PREFIX.digests`, for the merge to drop what two of several jobs have: of the job's documents the digests, uint64
+    [documents, 2], and after them the bytes of their text, int64 [documents]."""
     return Path(f"{prefix}.digests")
 
 
@@ -51,8 +52,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def with_counts(common: Manifest, key: str, lengths: np.ndarray) -> Manifest:
-    """A manifest with what follows from the tokens of each document, [documents], filled in."""
+def with_counts(common: Manifest, key: str, lengths: np.ndarray, text_bytes: int | None) -> Manifest:
+    """A manifest with what follows from the tokens of each document, [documents], and their text's bytes filled in."""
     statistics = length_statistics(lengths)
     empty = statistics.histogram.get("0", 0)
     return replace(
@@ -61,6 +62,7 @@ def with_counts(common: Manifest, key: str, lengths: np.ndarray) -> Manifest:
         documents=len(lengths),
         tokens=int(lengths.sum(dtype=np.int64)),
         eod_tokens=len(lengths) - empty if common.append_eod else 0,
+        text_bytes=text_bytes,
         empty_documents=empty,
         lengths=statistics,
     )
@@ -89,7 +91,7 @@ def finish(work: Work, datasets: Sequence[Dataset], common: Manifest) -> dict[st
             manifest is left.
     """
     manifests = {
-        dataset.prefix: with_counts(common, dataset.key, work.lengths(number))
+        dataset.prefix: with_counts(common, dataset.key, work.lengths(number), int(work.text_bytes(number).sum()))
         for number, dataset in enumerate(datasets)
     }
     for manifest in manifests.values():
@@ -105,7 +107,7 @@ def finish(work: Work, datasets: Sequence[Dataset], common: Manifest) -> dict[st
             written += [path(dataset.prefix) for path in (idx_path, manifest_path, digests_path)]
             manifest = manifests[dataset.prefix]
             write_document_index(dataset.prefix, np.dtype(manifest.dtype), work.lengths(number))
-            _write_digests(work, dataset.prefix, manifest)
+            _write_digests(work, number, dataset.prefix, manifest)
             write_manifest(dataset.prefix, manifest)
     except BaseException:
         for path in filter(Path.is_file, written):
@@ -118,10 +120,11 @@ def finish(work: Work, datasets: Sequence[Dataset], common: Manifest) -> dict[st
     return manifests
 
 
-def _write_digests(work: Work, prefix: str, manifest: Manifest) -> None:
+def _write_digests(work: Work, key: int, prefix: str, manifest: Manifest) -> None:
     if manifest.shard is None or manifest.filters is None or manifest.filters.dedup == "none":
         digests_path(prefix).unlink(missing_ok=True)
         return
     with atomic_write(digests_path(prefix)) as handle:
         for digests in work.digests():
             handle.write(digests.tobytes())
+        handle.write(work.text_bytes(key).tobytes())

@@ -112,5 +112,7 @@ def _first_of_each(block: EncodedBlock, seen: DigestSet) -> EncodedBlock:
     skipped = block.skipped.copy()
     skipped[DUPLICATES] += int((~new).sum())
     tokens = [part[np.repeat(new, lengths)] for part, lengths in zip(block.tokens, block.lengths, strict=True)]
-    lengths = [part[new] for part in block.lengths]
-    return replace(block, tokens=tokens, lengths=lengths, skipped=skipped, digests=block.digests[new])
+    lengths, text_bytes = ([part[new] for part in parts] for parts in (block.lengths, block.text_bytes))
+    return replace(
+        block, tokens=tokens, lengths=lengths, text_bytes=text_bytes, skipped=skipped, digests=block.digests[new]
+    )

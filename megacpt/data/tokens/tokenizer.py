@@ -14,7 +14,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,15 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end
 HIDDEN = "\ufdd0{key}:{token}\ufdd0"
 """How a special token is spelled inside the encoder: between non-characters, under a key that no text holds."""
 DECLARED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Encoded(NamedTuple):
+    """Texts encoded, end to end: ids int32 [tokens]; of each text its tokens, int32 [texts], and its UTF-8 bytes, int64
+    [texts]."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
 
 
 class Tokenizer(Protocol):
@@ -49,8 +58,8 @@ class Tokenizer(Protocol):
         """Ids int32 [tokens]; with `add_special_tokens`, framed (BOS, EOS) as the tokenizer frames a text."""
         ...
 
-    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """`encode` of each text, end to end: ids int32 [tokens] and lengths int32 [texts]."""
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> Encoded:
+        """`encode` of each text."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -77,6 +86,12 @@ def flatten(texts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np
     lengths = np.fromiter(map(len, texts), dtype=np.int32, count=len(texts))
     ids = [np.asarray(text, dtype=np.int32) for text in texts]
     return np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), lengths
+
+
+def sizes_of(texts: Sequence[str | bytes]) -> np.ndarray:
+    """UTF-8 bytes of each text, int64 [texts]; of ASCII and of what is UTF-8 already nothing is encoded."""
+    sizes = (len(text if isinstance(text, bytes) or text.isascii() else text.encode("utf-8")) for text in texts)
+    return np.fromiter(sizes, dtype=np.int64, count=len(texts))
 
 
 def _read(path: Path) -> bytes:
@@ -122,8 +137,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return np.asarray(self._model.encode(text, out_type=int), dtype=np.int32)
 
-    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        return flatten(self._model.encode(list(texts), out_type=int, num_threads=1))
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> Encoded:
+        return Encoded(*flatten(self._model.encode(list(texts), out_type=int, num_threads=1)), sizes_of(texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -180,9 +195,9 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         return self.encode_flat([text], add_special_tokens)[0]
 
-    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = False) -> Encoded:
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return flatten([encoding.ids for encoding in encodings])
+        return Encoded(*flatten([encoding.ids for encoding in encodings]), sizes_of(texts))
 
     def has_token(self, token: str) -> bool:
         """Whether the vocabulary, as `definition` spells it, has this token."""

@@ -22,7 +22,7 @@ from megacpt.data.tokens.journal import Journal, Position, note_of, read_journal
 from megacpt.files import atomic_write, disk_errors, lock, make_folder
 
 SECONDS_BETWEEN_NOTES = 10.0
-LENGTH_BYTES = 4
+LENGTH_BYTES, SIZE_BYTES = 4, 8
 DIGESTS_AT_ONCE = 1 << 16
 JOURNAL = "journal.jsonl"
 
@@ -73,7 +73,9 @@ class Work:
     def _bytes_of(self, position: Position) -> dict[str, int]:
         """How long each file is at a position."""
         sizes = {f"{key}.bin": tokens * self._job["itemsize"] for key, tokens in enumerate(position.tokens)}
-        sizes |= {f"{key}.lengths": position.documents * LENGTH_BYTES for key in range(len(position.tokens))}
+        for key in range(len(position.tokens)):
+            sizes |= {f"{key}.lengths": position.documents * LENGTH_BYTES}
+            sizes |= {f"{key}.text_bytes": position.documents * SIZE_BYTES}
         return sizes if self._job["dedup"] == "none" else {**sizes, "digests": position.documents * DIGEST_BYTES}
 
     def _whole(self, journal: Journal) -> bool:
@@ -124,18 +126,26 @@ class Work:
 
     def lengths(self, key: int) -> np.ndarray:
         """Tokens of each document of a key: int32 [documents], a map of the file."""
+        return self._column(f"{key}.lengths", "<i4")
+
+    def text_bytes(self, key: int) -> np.ndarray:
+        """UTF-8 bytes of each document's text under a key: int64 [documents], a map of the file."""
+        return self._column(f"{key}.text_bytes", "<i8")
+
+    def _column(self, name: str, dtype: str) -> np.ndarray:
         if not self.position.documents:
-            return np.empty(0, "<i4")
+            return np.empty(0, dtype)
         with disk_errors(self.folder):
-            self._files[f"{key}.lengths"].flush()
-        return np.memmap(self.folder / f"{key}.lengths", dtype="<i4", mode="r")
+            self._files[name].flush()
+        return np.memmap(self.folder / name, dtype=dtype, mode="r")
 
     def append(self, block: Block, encoded: EncodedBlock) -> None:
         """Add an encoded block, the next one of the inputs."""
         with disk_errors(self.folder):
-            for key, (tokens, lengths) in enumerate(zip(encoded.tokens, encoded.lengths, strict=True)):
+            for key, tokens in enumerate(encoded.tokens):
                 self._files[f"{key}.bin"].write(tokens.data)
-                self._files[f"{key}.lengths"].write(lengths.astype("<i4", copy=False).data)
+                self._files[f"{key}.lengths"].write(encoded.lengths[key].astype("<i4", copy=False).data)
+                self._files[f"{key}.text_bytes"].write(encoded.text_bytes[key].astype("<i8", copy=False).data)
             if encoded.digests is not None:
                 self._files["digests"].write(encoded.digests.data)
         position = self.position

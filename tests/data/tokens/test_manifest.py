@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     skipped={"invalid_json": 2},
     json_keys=["text", "title"],
     eod_tokens=2,
+    text_bytes=171,
     too_short=4,
     duplicates=5,
     filters=Filters(True, 20, "exact"),

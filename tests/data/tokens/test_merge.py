@@ -64,6 +64,7 @@ def test_a_merge_is_what_megatrons_builder_makes_of_them(tmp_path_factory, datas
 
 def test_counts_are_summed_and_inputs_joined(tmp_path):
     one = replace(MANIFEST, inputs=[InputFile("a", 1, "00")], skipped={"x": 1}, too_short=2, engine="fast")
+    one = replace(one, text_bytes=5)
     two = replace(
         MANIFEST, inputs=[InputFile("b", 2, "11")], skipped={"x": 2, "w": 1}, duplicates=3, filters=Filters(True)
     )
@@ -78,6 +79,9 @@ def test_counts_are_summed_and_inputs_joined(tmp_path):
         ["text", "title"],
     )
     assert (manifest.eod_tokens, manifest.filters, manifest.versions) == (2, None, {"python": "3.13"})
+    assert manifest.text_bytes is None
+    counted = [build(tmp_path / "3", [[[1]]], replace(one, text_bytes=7)), prefixes[0]]
+    assert merge(counted, str(tmp_path / "all")).text_bytes == 12
 
 
 def test_a_dataset_without_a_manifest(tmp_path):

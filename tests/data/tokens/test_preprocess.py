@@ -108,6 +108,7 @@ def test_any_texts_read_back(tmp_path_factory, texts, append_eod, block):
     dataset = IndexedDataset(prefix)
     assert [dataset.read(i).tolist() for i in range(len(dataset))] == expected
     assert (manifest.documents, manifest.tokens) == (len(texts), sum(map(len, expected)))
+    assert manifest.text_bytes == sum(len(text.encode()) for text in texts)
     theirs = MegatronDataset(prefix)
     assert [theirs[i].tolist() for i in range(len(theirs))] == [ids for ids in expected if ids]
     assert len(theirs.document_indices) == len(texts) + 1

@@ -106,6 +106,7 @@ def test_duplicates_and_short_texts_are_counted(reference):
         assert manifest.documents == len(expected)
         assert manifest.too_short == 120 * len(NAMES) - len(kept)
         assert manifest.duplicates == len(kept) - len(expected)
+        assert manifest.text_bytes == sum(len(text.encode()) for text in expected)
 
 
 def test_four_workers(tmp_path, corpus, tokenizer, reference):

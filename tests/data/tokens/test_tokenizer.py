@@ -98,7 +98,8 @@ def test_other_text_is_encoded_as_the_library_does(tmp_path, make):
     library = make()
     tokenizer = load_tokenizer("HuggingFaceTokenizer", save(library, tmp_path / "t"))
     texts = [*CORPUS[:20], "", " ", "a  b", "é\u00a0\n\n"]
-    ids, lengths = tokenizer.encode_flat(texts)
+    ids, lengths, text_bytes = tokenizer.encode_flat(texts)
+    assert text_bytes.tolist() == [len(text.encode()) for text in texts]
     expected = [encoding.ids for encoding in library.encode_batch(texts)]
     assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
     assert (ids.dtype, lengths.dtype) == (np.int32, np.int32)
@@ -178,7 +179,8 @@ def test_sentencepiece(tmp_path):
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [*CORPUS[:10], "", "  "]
     expected = [library.encode(text) for text in texts]
-    ids, lengths = tokenizer.encode_flat(texts)
+    ids, lengths, text_bytes = tokenizer.encode_flat(texts)
+    assert text_bytes.tolist() == [len(text.encode()) for text in texts]
     assert (ids.tolist(), lengths.tolist()) == (list(chain(*expected)), list(map(len, expected)))
     assert [tokenizer.encode(text).tolist() for text in texts] == expected
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (library.get_piece_size(), 2)
