@@ -27,6 +27,8 @@ from megacpt.train.plan import Plan, Resume, Vocabulary
 from megacpt.train.schedule import LRSchedule
 from megacpt.train.tasks import check_task_settings
 
+EVAL_SEED = 0
+"""Of the order of held-out sets: runs that differ by their seed are evaluated on the same samples."""
 SCAN_LIMIT = 256 << 20
 """Bytes of tokens up to which a dataset without a manifest is scanned for foreign tokens before training."""
 
@@ -94,9 +96,9 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
 
 
 def _eval_sets(config: Config, held_out: dict[str, Corpus], architecture: Architecture) -> dict[str, EvalSet]:
-    size, seed, vocabulary = config.data.seq_length, config.train.seed, architecture.vocab_size
+    size, vocabulary = config.data.seq_length, architecture.vocab_size
     limit = config.eval.iters and config.eval.iters * config.train.global_batch_size
-    streams = {name: SourceStream(data, name, size, seed, vocabulary) for name, data in held_out.items()}
+    streams = {name: SourceStream(data, name, size, EVAL_SEED, vocabulary) for name, data in held_out.items()}
     return {name: EvalSet(stream, limit) for name, stream in streams.items()}
 
 
