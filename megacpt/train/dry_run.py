@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from megacpt.config.architecture import DEFAULTS
 from megacpt.data.mixture.ledger import table
 from megacpt.data.mixture.table import aligned
-from megacpt.train.activations import stage_activations
-from megacpt.train.memory import Setting, base_weights_bytes, checkpoint_bytes, stage_state
+from megacpt.train.memory import Setting, State, base_weights_bytes, checkpoint_bytes, stage_state
+from megacpt.train.peak import Peak, stage_peak
 from megacpt.train.plan import Plan, fingerprint
 
 LABEL = 13
@@ -21,14 +21,15 @@ COLUMNS = (
     "in flight",
     "activations",
     "logits",
+    "temporary",
     "total",
 )
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text for a terminal. Reads nothing and builds nothing; the same on every kind of device."""
-    setting = Setting(plan.config, plan.architecture, plan.layout, plan.dtype)
+    """The plan as text for a terminal. Reads nothing and builds nothing."""
+    setting = plan.setting
     sections = [
         [*_model(setting), *_ranks(setting)],
         table(plan.mixture).splitlines() + [f"note: {note}" for note in plan.notes],
@@ -39,10 +40,7 @@ def describe(plan: Plan) -> str:
             *_start(plan),
             *_line("data", f"fingerprint {fingerprint(plan.mixture.fingerprint())}"),
         ],
-        [
-            "Computed: everything but activations and logits, which are estimated for fused kernels, as on a GPU.",
-            "Not in the memory table: temporary buffers, the allocator's and the communication library's.",
-        ],
+        ["Computed, not measured. Not in the memory table: what the allocator and the communication library add."],
     ]
     return "\n\n".join("\n".join(section) for section in sections)
 
@@ -215,37 +213,38 @@ def _evaluation(plan: Plan) -> list[str]:
 
 def _memory(setting: Setting) -> Iterator[str]:
     """A row per pipeline stage, what one of its ranks holds; neighbouring stages that are alike share a row."""
+    stages = range(setting.layout.pipeline)
+    held = [(stage_state(setting, stage), stage_peak(setting, stage)) for stage in stages]
     rows: list[tuple[list[int], list[str]]] = []
-    totals, composed = [], 0
-    for stage in range(setting.layout.pipeline):
-        state, held = stage_state(setting, stage), stage_activations(setting, stage)
-        totals.append(state.total + held.saved + held.logits)
-        composed = max(composed, stage_activations(setting, stage, fused_norm=False).saved - held.saved)
-        cells = [
-            f"{setting.chunk_layers * setting.chunks:,}",
-            f"{state.parameters:,}",
-            *map(size, (state.weights, state.gradients, state.optimizer)),
-            f"{held.in_flight:,}",
-            *map(size, (held.saved, held.logits, totals[-1])),
-        ]
+    for stage in stages:
+        cells = _cells(setting, *held[stage])
         if rows and rows[-1][1] == cells:
             rows[-1][0].append(stage)
         else:
             rows.append(([stage], cells))
-    yield "memory of a rank by pipeline stage; weights, gradients, optimizer exact, activations and logits estimated"
-    yield from aligned(COLUMNS, [[_span(stages), *cells] for stages, cells in rows], [""] * len(COLUMNS))[:-2]
+    yield f"memory of a rank by pipeline stage, {'on a GPU' if setting.on_gpu else 'on a CPU'}, at the largest moment of a step"
+    yield from aligned(COLUMNS, [[_span(group), *cells] for group, cells in rows], [""] * len(COLUMNS))[:-2]
     held_by_optimizer = "fp32 main parameters and moments" if setting.dtype.itemsize == 2 else "fp32 moments"
     unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
     yield f"optimizer: {held_by_optimizer}; in flight: {unit} that wait for their backward"
-    largest = max(totals)
-    unfused = f"; on a CPU, unfused RMSNorm keeps up to {size(composed)} more" if composed else ""
-    yield f"largest: stage {totals.index(largest)} with {size(largest)} a rank{unfused}"
+    totals = [state.total + moment.total for state, moment in held]
+    yield f"largest: stage {totals.index(max(totals))} with {size(max(totals))} a rank"
     weight_update = setting.config.diagnostics.weight_update
     if weight_update.at or weight_update.every is not None:
         yield (
             f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
             "(diagnostics.weight_update)"
         )
+
+
+def _cells(setting: Setting, state: State, held: Peak) -> list[str]:
+    return [
+        f"{setting.chunk_layers * setting.chunks:,}",
+        f"{state.parameters:,}",
+        *map(size, (state.weights, state.gradients, state.optimizer)),
+        f"{held.in_flight:,}",
+        *map(size, (held.saved, held.logits, held.temporary, state.total + held.total)),
+    ]
 
 
 def _span(stages: Sequence[int]) -> str:

@@ -24,12 +24,19 @@ BUCKET_ALIGNMENT = 128
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory depends on."""
+    """What memory depends on.
+
+    Attributes:
+        on_gpu: norms are one kernel; on a CPU a norm is composed of several, which keep more.
+        transformer_engine: its layers in place of the local ones.
+    """
 
     config: Config
     architecture: Architecture
     layout: Layout
     dtype: torch.dtype
+    on_gpu: bool = False
+    transformer_engine: bool = False
 
     @property
     def chunks(self) -> int:
