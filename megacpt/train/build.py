@@ -30,7 +30,7 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         UserError: a checkpoint does not fit, or the run folder cannot be written.
     """
     config = plan.config
-    options = BuildOptions(plan.dtype, config.data.reset_position_ids)
+    options = BuildOptions(plan.dtype, config.data.reset_position_ids, engine=plan.layers.engine)
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )

@@ -31,7 +31,7 @@ def describe(plan: Plan) -> str:
     """The plan as text for a terminal. Reads nothing and builds nothing."""
     setting = plan.setting
     sections = [
-        [*_model(setting), *_ranks(setting)],
+        [*_model(setting), *_ranks(setting), *_line("layers", *_layers(plan))],
         table(plan.mixture).splitlines() + [f"note: {note}" for note in plan.notes],
         [*_steps(plan), *_schedule(plan), *_compute(plan), *_evaluation(plan)],
         list(_memory(setting)),
@@ -104,9 +104,27 @@ def _ranks(setting: Setting) -> list[str]:
     ]
     return _line(
         "ranks",
-        f"{layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}"
+        f"{layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual}"
+        + (f" x CP {layout.context}" if layout.context > 1 else "")
+        + f" x DP {layout.data}"
         + (f", {', '.join(on)}" if on else ""),
     )
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    model, optimizer = plan.config.model, plan.config.optimizer
+    yield str(plan.layers)
+    if model.fp8 is not None:
+        outer = f"; {model.num_layers_at_start_in_bf16} + {model.num_layers_at_end_in_bf16} outermost layers in bf16"
+        yield f"fp8 {model.fp8}, recipe {model.fp8_recipe}{outer if model.first_last_layers_bf16 else ''}"
+    overlap = {
+        "TP communication (tp_comm_overlap)": model.tp_comm_overlap,
+        "gradient reduction": optimizer.overlap_grad_reduce,
+        "parameter gather": optimizer.overlap_param_gather,
+        "optimizer's copies": optimizer.overlap_cpu_optimizer_d2h_h2d,
+    }
+    if any(overlap.values()):
+        yield f"overlapped with compute: {', '.join(name for name, active in overlap.items() if active)}"
 
 
 def _steps(plan: Plan) -> list[str]:

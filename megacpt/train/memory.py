@@ -28,7 +28,7 @@ class Setting:
 
     Attributes:
         on_gpu: norms are one kernel; on a CPU a norm is composed of several, which keep more.
-        transformer_engine: its layers in place of the local ones.
+        engine: Transformer Engine's layers in place of the local ones.
     """
 
     config: Config
@@ -36,7 +36,7 @@ class Setting:
     layout: Layout
     dtype: torch.dtype
     on_gpu: bool = False
-    transformer_engine: bool = False
+    engine: bool = False
 
     @property
     def chunks(self) -> int:
