@@ -80,11 +80,6 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             "model.transformer_impl transformer_engine has no parallel residual (its norms are inside the linear "
             "layers); set it to local for this model"
         )
-    if engine and "layernorm" in (model.recompute_modules or []):
-        yield (
-            "model.recompute_modules layernorm: Transformer Engine's norms are inside the linear layers and are not "
-            "recomputed; take it out of the list"
-        )
     if model.cuda_graph_impl != "none" and model.recompute_granularity == "full":
         yield "model.cuda_graph_impl local cannot capture full recomputation; set recompute_granularity to selective"
     if model.cuda_graph_impl != "none" and config.data.reset_attention_mask:

@@ -137,7 +137,7 @@ class Model(Section):
     recompute_granularity: Literal["selective", "full"] | None = Field(
         None, description="activations computed again in backward"
     )
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = Field(
+    recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
         None, description="with selective: which; null: core_attn"
     )
     recompute_method: Literal["uniform", "block"] | None = Field(None, description="with full: which layers")

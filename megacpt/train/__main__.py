@@ -11,6 +11,7 @@ from megacpt.config.load import load_config
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
 from megacpt.runtime.engine import ENGINE, check_available
+from megacpt.runtime.gpu import set_gpu_environment
 from megacpt.runtime.setup import (
     die_with_launcher,
     exit_code_of_rank,
@@ -59,6 +60,12 @@ def run(parsed: argparse.Namespace) -> None:
     die_with_launcher()
     config = load_config(parsed.config, parsed.overrides)
     quiet_third_parties()
+    graphs = config.model.cuda_graph_impl != "none"
+    if not parsed.dry_run:
+        # `setup` does it too, for others, but the plan asks for GPUs before that.
+        set_gpu_environment(
+            config.model.tensor_model_parallel_size, config.model.context_parallel_size, cuda_graphs=graphs
+        )
     # Imported late: --help and a wrong key should answer before megatron-core is loaded.
     from megacpt.train.planning import make_plan
 
@@ -71,7 +78,13 @@ def run(parsed: argparse.Namespace) -> None:
             print(describe(plan))
         return
     check_available(config, plan.layers)
-    rank = setup(plan.layout, config.train.seed, config.runtime.threads, config.runtime.distributed_timeout_minutes)
+    rank = setup(
+        plan.layout,
+        config.train.seed,
+        config.runtime.threads,
+        config.runtime.distributed_timeout_minutes,
+        cuda_graphs=graphs,
+    )
     from megacpt.train.build import build_job
     from megacpt.train.loop import train
     from megacpt.train.startup import announce

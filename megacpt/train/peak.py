@@ -24,8 +24,8 @@ from megacpt.train.activations import (
     mlp_bytes,
     recomputed_bytes,
     stream_bytes,
-    tokens_of,
 )
+from megacpt.train.layer_memory import tokens_of
 from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
 
 GATHER_BUFFER = 1
@@ -110,6 +110,8 @@ def _loss(setting: Setting) -> int:
     padded = setting.vocabulary_rows * setting.layout.tensor > shape.vocab_size
     # In bf16 the fp32 softmax is free when the gradient is copied.
     copy = gradient if padded and item == FP32 else 0
+    if setting.config.model.cross_entropy_loss_fusion:
+        copy = gradient if padded else 0
     weight = setting.vocabulary_rows * shape.hidden_size * item
     return max(copy, gradient + weight + full_stream_bytes(setting) - logits_bytes(setting))
 
@@ -118,7 +120,8 @@ def _layer(setting: Setting, stage: int) -> int:
     """The largest excess of a layer's backward over what it saved."""
     shape, item, tp = setting.architecture, setting.dtype.itemsize, setting.layout.tensor
     trains = any(setting.trains(n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))
-    weight = shape.hidden_size * shape.ffn_hidden_size // tp * item if trains else 0
+    fused = setting.config.model.gradient_accumulation_fusion
+    weight = shape.hidden_size * shape.ffn_hidden_size // tp * item if trains and not fused else 0
     wide, full = mlp_bytes(setting), full_stream_bytes(setting)
     freed = wide if trains else 0
     widths = 2 if shape.swiglu else 1
@@ -134,7 +137,9 @@ def _largest_table(setting: Setting) -> int:
 
 
 def _optimizer(setting: Setting, stage: int) -> int:
-    """What an update makes for itself."""
+    """What an update makes for itself; Transformer Engine's AdamW reads gradients as they are."""
+    if setting.config.optimizer.use_precision_aware_optimizer:
+        return 0
     parameters = [p for chunk in range(setting.chunks) for p in chunk_parameters(setting, stage, chunk) if p.trains]
     copies = 0
     if setting.dtype.itemsize < FP32 and not setting.config.precision.grad_reduce_in_fp32:

@@ -202,6 +202,16 @@ RUNS = {
     "frozen, bf16": (1, "bf16", {"train": FROZEN}),
     "documents": (1, "fp32", {"data": DOCUMENTS}),
     "selective": (1, "fp32", {"model": {"recompute_granularity": "selective"}}),
+    "selective, mlp": (1, "fp32", {"model": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}}),
+    "selective, both, PP2": (
+        2,
+        "fp32",
+        {
+            "model": PP2
+            | {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+            "data": DOCUMENTS,
+        },
+    ),
     "uniform": (
         1,
         "fp32",
