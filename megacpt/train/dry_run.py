@@ -242,17 +242,28 @@ def _memory(setting: Setting) -> Iterator[str]:
             rows.append(([stage], cells))
     yield f"memory of a rank by pipeline stage, {'on a GPU' if setting.on_gpu else 'on a CPU'}, at the largest moment of a step"
     yield from aligned(COLUMNS, [[_span(group), *cells] for group, cells in rows], [""] * len(COLUMNS))[:-2]
-    held_by_optimizer = "fp32 main parameters and moments" if setting.dtype.itemsize == 2 else "fp32 moments"
     unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
-    yield f"optimizer: {held_by_optimizer}; in flight: {unit} that wait for their backward"
+    yield f"optimizer: {_optimizer(setting)}; in flight: {unit} that wait for their backward"
     totals = [state.total + moment.total for state, moment in held]
     yield f"largest: stage {totals.index(max(totals))} with {size(max(totals))} a rank"
+    host = max(state.host for state, _ in held)
+    if host:
+        yield f"and in host memory up to {size(host)} a rank: main parameters, moments and their gradients (offloaded)"
+    if setting.config.model.fp8 is not None:
+        yield "weights: with FP8, also a matrix and its transpose of each layer in FP8"
     weight_update = setting.config.diagnostics.weight_update
     if weight_update.at or weight_update.every is not None:
         yield (
             f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
             "(diagnostics.weight_update)"
         )
+
+
+def _optimizer(setting: Setting) -> str:
+    optimizer = setting.config.optimizer
+    moments = sorted({optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype})
+    words = f"{' and '.join(moments)} moments"
+    return f"fp32 main parameters, {words}" if setting.dtype.itemsize == 2 else words
 
 
 def _cells(setting: Setting, state: State, held: Peak) -> list[str]:
