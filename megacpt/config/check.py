@@ -154,7 +154,9 @@ def _check_recompute(config: Config, architecture: Architecture) -> None:
     if full and not all(given):
         raise UserError("model.recompute_granularity full needs recompute_method and recompute_num_layers")
     if model.recompute_modules is not None and model.recompute_granularity != "selective":
-        raise UserError("model.recompute_modules belongs to model.recompute_granularity: selective; set it or drop both")
+        raise UserError(
+            "model.recompute_modules belongs to model.recompute_granularity: selective; set it or drop both"
+        )
     if not full and any(given):
         raise UserError("model.recompute_method and recompute_num_layers belong to recompute_granularity: full")
     if full and (model.recompute_num_layers or 0) > architecture.num_layers // model.pipeline_model_parallel_size:

@@ -63,9 +63,7 @@ def slots(architecture: Architecture, *, engine: bool) -> Slots:
             attention=TEDotProductAttention,
         )
     norm = NORMS[architecture.normalization]
-    return Slots(
-        norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention
-    )
+    return Slots(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention)
 
 
 def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:

@@ -37,7 +37,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; train nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for (with --dry-run)")
     parser.add_argument(
-        "--device", choices=("cpu", "gpu"), help="what to plan for (with --dry-run); else what is here, or the keys need"
+        "--device",
+        choices=("cpu", "gpu"),
+        help="what to plan for (with --dry-run); else what is here, or the keys need",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
     # Overrides may stand between the options.

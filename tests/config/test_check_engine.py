@@ -42,9 +42,7 @@ def config(**sections: dict[str, Any]) -> Config:
     return config_from(tree, "test")
 
 
-def check(
-    *, engine: bool = True, on_gpu: bool = True, bf16: bool = True, **sections: dict[str, Any]
-) -> None:
+def check(*, engine: bool = True, on_gpu: bool = True, bf16: bool = True, **sections: dict[str, Any]) -> None:
     made = config(**sections)
     architecture = resolve_architecture(made.model, None)
     check_config(made, architecture)
@@ -102,7 +100,10 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
             },
             ["num_layers_at_end_in_bf16 5", "4 layers"],
         ),
-        ({"model": {"fp8": "hybrid", "hidden_size": 120, "kv_channels": 16}}, ["multiples of 16", "hidden_size", "120"]),
+        (
+            {"model": {"fp8": "hybrid", "hidden_size": 120, "kv_channels": 16}},
+            ["multiples of 16", "hidden_size", "120"],
+        ),
         (
             {"model": {"fp8": "e4m3", "fp8_recipe": "mxfp8", "ffn_hidden_size": 272}},
             ["multiples of 32", "ffn_hidden_size", "272"],

@@ -59,7 +59,6 @@ def losses(config: Config, packed: bool) -> tuple[Any, Any, float]:
     options = BuildOptions(plan.dtype, restart_positions=True, engine=packed)
     chunks = build_chunks(plan.architecture, config.model, made, options)
     draw_weights(chunks, plan.architecture, 1, 0.1)
-    made.finalize_model_grads_func = None
     generator = torch.Generator().manual_seed(0)
     rows, length = config.train.micro_batch_size, config.data.seq_length
     batches = []
@@ -80,7 +79,9 @@ def losses(config: Config, packed: bool) -> tuple[Any, Any, float]:
             }
         )
     sums = run_batches(chunks, batches, 2, (rows, length), train=True)
-    norm = sum(float(p.grad.square().sum()) for chunk in chunks for p in chunk.parameters() if p.grad is not None)
+    # Under sequence parallelism a norm's gradient here is of this rank's positions, which are others in one long row.
+    whole = [p for c in chunks for p in c.parameters() if p.grad is not None and not getattr(p, "sequence_parallel", 0)]
+    norm = sum(float(p.grad.square().sum()) for p in whole)
     with torch.no_grad():
         scores = score_micro_batches(chunks, batches, (rows, length))
     return sums.tolist(), None if scores is None else scores.tolist(), norm

@@ -18,7 +18,9 @@ def test_without_a_wish_the_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engine, "import_problem", lambda package: None)
     assert choose_transformer_impl(None, on_gpu=True).engine
     monkeypatch.setattr(engine, "import_problem", lambda package: "not installed")
-    assert str(choose_transformer_impl(None, on_gpu=True)) == "local (transformer_engine does not import: not installed)"
+    assert (
+        str(choose_transformer_impl(None, on_gpu=True)) == "local (transformer_engine does not import: not installed)"
+    )
 
 
 def test_a_package_that_does_not_import_says_so() -> None:

@@ -15,8 +15,8 @@ from megacpt.config.architecture import resolve_architecture
 from megacpt.config.check import check_config
 from megacpt.config.load import config_from
 from megacpt.runtime.setup import Layout
-from megacpt.train.peak import peak, stage_peak, warm_up
 from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, stage_state
+from megacpt.train.peak import peak, stage_peak, warm_up
 from tests.ranks import run_ranks
 from tests.train.memory_meter import Meter, settle_collectives
 
@@ -207,8 +207,7 @@ RUNS = {
         2,
         "fp32",
         {
-            "model": PP2
-            | {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+            "model": PP2 | {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
             "data": DOCUMENTS,
         },
     ),
