@@ -157,8 +157,8 @@ def _context_parallel(config: Config, architecture: Architecture) -> Iterator[st
         )
     if config.init.hf is not None and config.init.gate:
         yield (
-            "init.hf compares whole sequences with transformers, which model.context_parallel_size > 1 cuts; import with "
-            "tools/convert.py and start with init.checkpoint, or set init.gate to false"
+            "init.hf compares whole sequences with transformers, which model.context_parallel_size > 1 cuts; import "
+            "with tools/convert.py and start with init.checkpoint, or set init.gate to false"
         )
     groups = architecture.num_query_groups // tp
     if model.cp_comm_type == "a2a" and (groups == 0 or groups % cp):
@@ -189,8 +189,8 @@ def _optimizer(config: Config, bf16: bool) -> Iterator[str]:
     small = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optimizer, name) != "fp32"]
     if small and not optimizer.use_precision_aware_optimizer:
         yield (
-            f"optimizer.{small[0]} {getattr(optimizer, small[0])} needs optimizer.use_precision_aware_optimizer; set it, "
-            "or keep fp32"
+            f"optimizer.{small[0]} {getattr(optimizer, small[0])} needs optimizer.use_precision_aware_optimizer; set "
+            "it, or keep fp32"
         )
     if optimizer.optimizer_cpu_offload and not optimizer.use_precision_aware_optimizer:
         yield "optimizer.optimizer_cpu_offload needs optimizer.use_precision_aware_optimizer; set both or neither"

@@ -123,7 +123,7 @@ class Model(Section):
     num_layers_at_end_in_bf16: NonNegativeInt = Field(1, description="and at the output")
     tp_comm_overlap: bool = Field(
         False,
-        description="overlap TP's communication with the matmuls beside it (userbuffers); needs sequence_parallel",
+        description="TP's communication under the matmuls beside it (userbuffers); needs sequence_parallel",
     )
     gradient_accumulation_fusion: bool = Field(
         False, description="weight gradients are added to the gradient buffer by the matmul itself"

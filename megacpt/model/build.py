@@ -21,7 +21,11 @@ from megacpt.model.spec import block_spec
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a model needs to know besides its shape and layout. `engine`: Transformer Engine's classes fill its slots."""
+    """What a model needs to know besides its shape and layout.
+
+    Attributes:
+        engine: Transformer Engine's classes fill its slots.
+    """
 
     dtype: torch.dtype
     restart_positions: bool

@@ -52,7 +52,7 @@ def packed_documents(document_ids_BS: torch.Tensor) -> PackedSeqParams:
 
 
 def context_part(batch: Batch, size: int, rank: int) -> Batch:
-    """What a context-parallel rank sees of a micro-batch: of 2 x CP chunks of the sequence, the rank-th from either end.
+    """What a context-parallel rank sees of a micro-batch: of 2 x CP chunks, the rank-th from either end.
 
     So every rank has as much of the causal triangle (Megatron's zigzag, which Transformer Engine's attention expects).
     """

@@ -1,7 +1,7 @@
 """The layer specs: which class fills each slot of megatron-core's transformer layer, written out by hand.
 
-Two of them: `local`, which needs only torch, and `transformer_engine`. docs/parallelism.md says why each class is there.
-Loss has no slot in a spec: it is `LanguageModel.compute_language_model_loss`.
+Two of them: `local`, which needs only torch, and `transformer_engine`. docs/parallelism.md says why each class is
+there. Loss has no slot in a spec: it is `LanguageModel.compute_language_model_loss`.
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ What the user has exported stays. CUDA reads its own when the driver is initiali
 of GPUs does; torch's allocator with the first allocation; NCCL when the first communicator is made.
 """
 
+import importlib
 import os
 from collections.abc import MutableMapping
 
@@ -60,8 +61,7 @@ def set_gpu_environment(
 def compute_capability_major() -> int:
     """Of the first card, through NVML, which leaves CUDA alone; 0 where that does not answer."""
     try:
-        import pynvml  # type: ignore[import-untyped,unused-ignore]
-
+        pynvml = importlib.import_module("pynvml")
         pynvml.nvmlInit()
         major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
         pynvml.nvmlShutdown()

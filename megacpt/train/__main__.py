@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device",
         choices=("cpu", "gpu"),
-        help="what to plan for (with --dry-run); else what is here, or the keys need",
+        help="what to plan for (with --dry-run); else what is here",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the configuration")
     # Overrides may stand between the options.

@@ -240,7 +240,8 @@ def _memory(setting: Setting) -> Iterator[str]:
             rows[-1][0].append(stage)
         else:
             rows.append(([stage], cells))
-    yield f"memory of a rank by pipeline stage, {'on a GPU' if setting.on_gpu else 'on a CPU'}, at the largest moment of a step"
+    device = "on a GPU" if setting.on_gpu else "on a CPU"
+    yield f"memory of a rank by pipeline stage, {device}, at the largest moment of a step"
     yield from aligned(COLUMNS, [[_span(group), *cells] for group, cells in rows], [""] * len(COLUMNS))[:-2]
     unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
     yield f"optimizer: {_optimizer(setting)}; in flight: {unit} that wait for their backward"

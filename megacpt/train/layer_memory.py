@@ -4,18 +4,18 @@ Bytes per token in the manner of Korthikanti et al. 2022 (arXiv 2205.05198, 4.1)
 f FFN, H heads and G query groups of D channels, t = TP, and u = t with sequence parallelism, else 1:
 
                           local                    Transformer Engine
-    2 norms               2 (d h + 4) / u          the same: input and fp32 inverse root mean square (LayerNorm: mean too)
+    2 norms               2 (d h + 4) / u          the same: input, fp32 inverse root mean square; LayerNorm: mean
     inputs of qkv, fc1    2 d h / u                2 q h / u; neither where frozen: needed for weight gradients only
     fused qkv             d D (H + 2 G) / t        the same: held whole by its view, the values; with t > G of all ranks
     query, key            d D (H + max(G, t)) / t  the same, after RoPE
-    attention             d D H / t + 4 H / t      the same: output and fp32 log-sum-exp, no scores; + q D H / t for proj
+    attention             d D H / t + 4 H / t      the same: output, fp32 log-sum-exp, no scores; FP8: + D H / t
     SwiGLU                4 d f / t                2 d f / t: gate and up; local: silu(gate), up + glu_linear_offset too
     input of fc2          d f / t                  q f / t (not where frozen)
 
 q is d, and 1 in a layer whose matmuls are in FP8 (with scales 33/32 under blockwise and mxfp8); the output of attention
 is then there twice. The local layer keeps cosines and sines, 4 s d D, and with documents a mask. An MLP without a gate
-saves GELU's input, d f / t, in place of SwiGLU's. Under a parallel residual the norms share their input. On a CPU a local
-RMSNorm is composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
+saves GELU's input, d f / t, in place of SwiGLU's. Under a parallel residual the norms share their input. On a CPU a
+local RMSNorm is composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
 
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The
 other one was read off Transformer Engine's sources (2.20) and has not been measured.

@@ -41,9 +41,8 @@ def announce(job: Job) -> None:
         log.say(f"resuming from {plan.resume.folder}")
         wrote = plan.resume.state.layout.get("transformer_impl", "local")
         if wrote != plan.layers.transformer_impl:
-            log.say(
-                f"note: {wrote} layers wrote the checkpoint, {plan.layers.transformer_impl} go on: they round differently"
-            )
+            ours = plan.layers.transformer_impl
+            log.say(f"note: {wrote} layers wrote the checkpoint, {ours} ones go on: they round differently")
         if plan.resume.state.layout["threads"] != job.rank.threads:
             then, now = plan.resume.state.layout["threads"], job.rank.threads
             log.say(f"note: {then} threads per rank wrote the checkpoint, {now} go on: sums may round differently")

@@ -1,4 +1,4 @@
-"""Each combination that cannot run is one sentence with the keys in it; those that can are accepted by megatron-core."""
+"""Each combination that cannot run is one sentence with the keys in it; those that can are accepted."""
 
 from typing import Any
 
@@ -154,9 +154,9 @@ def test_what_cannot_run_is_one_sentence(sections: dict[str, Any], words: list[s
 
 
 def test_precision() -> None:
-    with pytest.raises(UserError, match="needs precision.dtype bf16"):
+    with pytest.raises(UserError, match=r"needs precision\.dtype bf16"):
         check(bf16=False, model={"fp8": "hybrid"})
-    with pytest.raises(UserError, match="needs precision.dtype bf16"):
+    with pytest.raises(UserError, match=r"needs precision\.dtype bf16"):
         check(bf16=False, optimizer=PRECISE)
 
 

@@ -1,9 +1,10 @@
 """Documents by their boundaries instead of a mask, and the parts of a sequence that context-parallel ranks see.
 
-Transformer Engine's attention does not run on a CPU. What feeds it does: here a stand-in that attends segment by segment
-takes its slot, in the layout [t, h, d] that the real one gets, and the losses have to be those of the mask.
+Transformer Engine's attention does not run on a CPU. What feeds it does: here a stand-in that attends segment by
+segment takes its slot, in the layout [t, h, d] that the real one gets, and the losses have to be those of the mask.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class SegmentAttention(SDPAttention):
         assert (mask, packed.qkv_format, query.dim()) == (None, "thd", 3)
         edges = packed.cu_seqlens_q.tolist()
         parts = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
             part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
             parts.append(part[0].transpose(0, 1))

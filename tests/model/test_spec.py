@@ -45,8 +45,8 @@ def classes(config: Config) -> tuple[list[dict[str, str]], list[str | None]]:
 def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Section, layer: str, norm: str):
     config = small_config(tmp_path, {**model, "pipeline_model_parallel_size": pipeline_parallel})
     results = run_ranks(classes, pipeline_parallel, config)
-    for slots, _ in results:
-        assert slots == [
+    for found, _ in results:
+        assert found == [
             {
                 "layer": layer,
                 "input_layernorm": f"{OURS}.{norm}",
@@ -121,7 +121,7 @@ def test_megatron_core_accepts_what_the_check_accepts(recipe: str, monkeypatch: 
         try:
             check_engine(config, architecture, engine=True, on_gpu=True, bf16=True)
         except UserError:
-            with pytest.raises(ValueError, match="BF16|bf16"):
+            with pytest.raises(ValueError, match=r"BF16|bf16"):
                 transformer_config(architecture, config.model, options)
             continue
         made = transformer_config(architecture, config.model, options)
