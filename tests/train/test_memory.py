@@ -344,3 +344,48 @@ def test_full_recomputation_needs_less_than_none_and_a_fused_norm_less_than_a_co
     none, uniform = (stage_peak(setting(1, "bf16", model=m), 0) for m in ({}, full))
     assert uniform.saved < none.saved / 2
     assert stage_peak(replace(setting(1, "bf16"), on_gpu=True), 0).saved < none.saved
+
+
+ENGINE = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+LARGER = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 8, "num_query_groups": 4}
+
+
+def engine_setting(**sections: dict[str, Any]) -> Setting:
+    sections["model"] = LARGER | sections.get("model", {})
+    return replace(setting(1, "bf16", **sections), on_gpu=True, engine=True)
+
+
+def test_optimizer_state_follows_its_keys() -> None:
+    parameters = stage_state(engine_setting(optimizer=DISTRIBUTED), 0).optimizer // 12
+    precise = DISTRIBUTED | {"use_precision_aware_optimizer": True}
+    for moments, item in (("fp32", 12), ("bf16", 8), ("fp16", 8), ("fp8", 6)):
+        keys = precise | {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+        assert stage_state(engine_setting(optimizer=keys), 0).optimizer == item * parameters
+    half = stage_state(
+        engine_setting(optimizer=precise | {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}), 0
+    )
+    assert (half.optimizer, half.host) == (6 * parameters, 8 * parameters)
+    whole = stage_state(engine_setting(optimizer=precise | {"optimizer_cpu_offload": True}), 0)
+    assert (whole.optimizer, whole.host) == (0, 16 * parameters)
+
+
+def test_fp8_adds_copies_of_weights_and_takes_from_activations() -> None:
+    plain, fp8 = engine_setting(), engine_setting(model=ENGINE)
+    matrices = plain.architecture.layer_matmul_parameters
+    assert stage_state(fp8, 0).weights - stage_state(plain, 0).weights == 2 * 4 * matrices
+    outer = engine_setting(model=ENGINE | {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 2})
+    assert stage_state(outer, 0).weights - stage_state(plain, 0).weights == 2 * matrices
+    saved = [stage_peak(where, 0).saved for where in (fp8, outer, plain)]
+    assert saved == sorted(saved)
+    # Inputs of qkv and fc1 (h each) and of fc2 (f) in one byte, the output of attention once more.
+    tokens, shape = 128, plain.architecture
+    assert saved[2] - saved[0] == 4 * tokens * (2 * shape.hidden_size + shape.ffn_hidden_size - shape.hidden_size)
+
+
+def test_the_engine_keeps_less_than_local_layers() -> None:
+    local = replace(setting(1, "bf16", model=LARGER), on_gpu=True)
+    assert stage_peak(engine_setting(), 0).saved < stage_peak(local, 0).saved
+    documents = {"data": DOCUMENTS}
+    assert stage_peak(engine_setting(**documents), 0).saved == stage_peak(engine_setting(), 0).saved
+    mlp = engine_setting(model={"recompute_granularity": "selective", "recompute_modules": ["mlp"]})
+    assert stage_peak(mlp, 0).saved < stage_peak(engine_setting(), 0).saved
