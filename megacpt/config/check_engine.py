@@ -28,6 +28,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_needs_engine(config, engine),
         *_needs_gpu(config, on_gpu, engine),
         *_layers(config, architecture, engine),
+        *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
         *_context_parallel(config, architecture),
         *_overlap(config),
@@ -87,8 +88,17 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             "model.cuda_graph_impl local replays fixed shapes, and data.reset_attention_mask packs documents of any "
             "length; set one of them only"
         )
+
+
+def _loss(config: Config, bf16: bool) -> Iterator[str]:
+    model = config.model
     if model.cross_entropy_fusion_impl == "te" and not model.cross_entropy_loss_fusion:
         yield "model.cross_entropy_fusion_impl te does nothing without cross_entropy_loss_fusion; set both or neither"
+    if model.cross_entropy_loss_fusion and not bf16:
+        yield (
+            "model.cross_entropy_loss_fusion rounds the gradient of the logits to bf16, and this model is in fp32; "
+            "leave it out"
+        )
 
 
 def _fp8(config: Config, architecture: Architecture, bf16: bool) -> Iterator[str]:

@@ -334,7 +334,7 @@ def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
 
 def _restore_weights(chunks: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
     for name, chunk in _named(chunks).items():
-        # Transformer Engine's modules keep FP8's history there; a checkpoint of local layers has none, and it starts anew.
+        # There Transformer Engine's modules keep FP8's history; a checkpoint of local layers has none: it starts anew.
         result = chunk.load_state_dict(loaded[name], strict=False)
         wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]
         assert not wrong, f"loaded state and model differ: {wrong}"

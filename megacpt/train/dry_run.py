@@ -1,30 +1,15 @@
 """The report of `--dry-run`: what a run of any layout would read, compute, hold in memory and write."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
 from megacpt.data.mixture.ledger import table
-from megacpt.data.mixture.table import aligned
-from megacpt.train.memory import Setting, State, base_weights_bytes, checkpoint_bytes, stage_state
-from megacpt.train.peak import Peak, stage_peak
+from megacpt.train.memory import Setting, checkpoint_bytes
+from megacpt.train.memory_table import memory_table, size
 from megacpt.train.plan import Plan, fingerprint
 
 LABEL = 13
-COLUMNS = (
-    "stage",
-    "layers",
-    "parameters",
-    "weights",
-    "gradients",
-    "optimizer",
-    "in flight",
-    "activations",
-    "logits",
-    "temporary",
-    "total",
-)
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def describe(plan: Plan) -> str:
@@ -34,7 +19,7 @@ def describe(plan: Plan) -> str:
         [*_model(setting), *_ranks(setting), *_line("layers", *_layers(plan))],
         table(plan.mixture).splitlines() + [f"note: {note}" for note in plan.notes],
         [*_steps(plan), *_schedule(plan), *_compute(plan), *_evaluation(plan)],
-        list(_memory(setting)),
+        list(memory_table(setting)),
         [
             *_checkpoints(plan, setting),
             *_start(plan),
@@ -43,14 +28,6 @@ def describe(plan: Plan) -> str:
         ["Computed, not measured. Not in the memory table: what the allocator and the communication library add."],
     ]
     return "\n\n".join("\n".join(section) for section in sections)
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.50 GiB`."""
-    unit = 0
-    while count >= 1000 and unit < len(UNITS) - 1:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.0f} {UNITS[unit]}" if unit == 0 else f"{count:,.2f} {UNITS[unit]}"
 
 
 def flops(count: float) -> str:
@@ -227,58 +204,6 @@ def _evaluation(plan: Plan) -> list[str]:
         f"{', '.join(when) or 'never'}: {cost.times:,} times {cost.samples:,} samples, "
         f"{cost.share:.1%} of the compute to come",
     )
-
-
-def _memory(setting: Setting) -> Iterator[str]:
-    """A row per pipeline stage, what one of its ranks holds; neighbouring stages that are alike share a row."""
-    stages = range(setting.layout.pipeline)
-    held = [(stage_state(setting, stage), stage_peak(setting, stage)) for stage in stages]
-    rows: list[tuple[list[int], list[str]]] = []
-    for stage in stages:
-        cells = _cells(setting, *held[stage])
-        if rows and rows[-1][1] == cells:
-            rows[-1][0].append(stage)
-        else:
-            rows.append(([stage], cells))
-    device = "on a GPU" if setting.on_gpu else "on a CPU"
-    yield f"memory of a rank by pipeline stage, {device}, at the largest moment of a step"
-    yield from aligned(COLUMNS, [[_span(group), *cells] for group, cells in rows], [""] * len(COLUMNS))[:-2]
-    unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
-    yield f"optimizer: {_optimizer(setting)}; in flight: {unit} that wait for their backward"
-    totals = [state.total + moment.total for state, moment in held]
-    yield f"largest: stage {totals.index(max(totals))} with {size(max(totals))} a rank"
-    host = max(state.host for state, _ in held)
-    if host:
-        yield f"and in host memory up to {size(host)} a rank: main parameters, moments and their gradients (offloaded)"
-    if setting.config.model.fp8 is not None:
-        yield "weights: with FP8, also a matrix and its transpose of each layer in FP8"
-    weight_update = setting.config.diagnostics.weight_update
-    if weight_update.at or weight_update.every is not None:
-        yield (
-            f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
-            "(diagnostics.weight_update)"
-        )
-
-
-def _optimizer(setting: Setting) -> str:
-    optimizer = setting.config.optimizer
-    moments = sorted({optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype})
-    words = f"{' and '.join(moments)} moments"
-    return f"fp32 main parameters, {words}" if setting.dtype.itemsize == 2 else words
-
-
-def _cells(setting: Setting, state: State, held: Peak) -> list[str]:
-    return [
-        f"{setting.chunk_layers * setting.chunks:,}",
-        f"{state.parameters:,}",
-        *map(size, (state.weights, state.gradients, state.optimizer)),
-        f"{held.in_flight:,}",
-        *map(size, (held.saved, held.logits, held.temporary, state.total + held.total)),
-    ]
-
-
-def _span(stages: Sequence[int]) -> str:
-    return str(stages[0]) if len(stages) == 1 else f"{stages[0]}-{stages[-1]}"
 
 
 def _checkpoints(plan: Plan, setting: Setting) -> list[str]:

@@ -110,8 +110,6 @@ def _loss(setting: Setting) -> int:
     padded = setting.vocabulary_rows * setting.layout.tensor > shape.vocab_size
     # In bf16 the fp32 softmax is free when the gradient is copied.
     copy = gradient if padded and item == FP32 else 0
-    if setting.config.model.cross_entropy_loss_fusion:
-        copy = gradient if padded else 0
     weight = setting.vocabulary_rows * shape.hidden_size * item
     return max(copy, gradient + weight + full_stream_bytes(setting) - logits_bytes(setting))
 

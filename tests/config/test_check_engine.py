@@ -158,6 +158,8 @@ def test_precision() -> None:
         check(bf16=False, model={"fp8": "hybrid"})
     with pytest.raises(UserError, match=r"needs precision\.dtype bf16"):
         check(bf16=False, optimizer=PRECISE)
+    with pytest.raises(UserError, match="cross_entropy_loss_fusion rounds"):
+        check(bf16=False, model={"cross_entropy_loss_fusion": True})
 
 
 @pytest.mark.parametrize(

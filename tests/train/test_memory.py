@@ -224,6 +224,7 @@ RUNS = {
     "TP2": (2, "fp32", {"model": TP2}),
     "TP2, SP, bf16": (2, "bf16", {"model": SP2}),
     "TP4 over 2 query groups": (4, "fp32", {"model": {"tensor_model_parallel_size": 4}}),
+    "TP2, bf16, fused loss": (2, "bf16", {"model": TP2 | {"cross_entropy_loss_fusion": True}}),
     "few tokens": (1, "fp32", {"data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
     "few tokens, PP2, bf16": (2, "bf16", {"model": PP2, "data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
     "long, no padding": (1, "fp32", {"model": {"vocab_size": 1024}, "data": {"seq_length": 256}}),
