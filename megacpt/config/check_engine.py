@@ -160,10 +160,11 @@ def _context_parallel(config: Config, architecture: Architecture) -> Iterator[st
             "data.reset_attention_mask does not go with model.context_parallel_size > 1 here: documents would have to "
             "be padded to multiples of 2 x CP; unset one of them"
         )
-    if config.eval.tasks or config.diagnostics.gradient_probe.at or config.diagnostics.gradient_probe.every:
+    probe, update = config.diagnostics.gradient_probe, config.diagnostics.weight_update
+    if config.eval.tasks or any((probe.at, probe.every, update.at, update.every)):
         yield (
-            "eval.tasks and diagnostics.gradient_probe read whole sequences and do not go with "
-            "model.context_parallel_size > 1; leave them out, or run tools/evaluate.py at context_parallel_size 1"
+            "eval.tasks and diagnostics do not know of ranks that share a sequence (model.context_parallel_size > 1); "
+            "leave them out, or run tools/evaluate.py at context_parallel_size 1"
         )
     if config.init.hf is not None and config.init.gate:
         yield (

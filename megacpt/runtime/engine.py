@@ -43,6 +43,11 @@ def choose_transformer_impl(asked: str | None, *, on_gpu: bool) -> Choice:
     return Choice("local", f"{ENGINE} does not import: {problem}")
 
 
+def plans_for_gpu(config: Config) -> bool:
+    """Whether a plan that is only looked at is one for GPUs: they are here, or the layers asked for need them."""
+    return torch.cuda.is_available() or config.model.transformer_impl == ENGINE
+
+
 def import_problem(package: str) -> str | None:
     """Why a package does not import, in one line; None if it does."""
     if importlib.util.find_spec(package) is None:

@@ -10,7 +10,7 @@ import torch
 from megacpt.config.load import load_config
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
-from megacpt.runtime.engine import ENGINE, check_available
+from megacpt.runtime.engine import check_available, plans_for_gpu
 from megacpt.runtime.gpu import set_gpu_environment
 from megacpt.runtime.setup import (
     die_with_launcher,
@@ -105,7 +105,7 @@ def _on_gpu(parsed: argparse.Namespace, config: Config) -> bool:
     """Whether the plan is one for GPUs: a dry run may plan for others than are here."""
     if parsed.device is not None:
         return bool(parsed.device == "gpu")
-    return torch.cuda.is_available() or (parsed.dry_run and config.model.transformer_impl == ENGINE)
+    return plans_for_gpu(config) if parsed.dry_run else torch.cuda.is_available()
 
 
 def is_first_rank() -> bool:
