@@ -2,9 +2,11 @@
 
 import pytest
 
+from megacpt.config.load import config_from
+from megacpt.config.tree import Config
 from megacpt.errors import UserError
 from megacpt.runtime import engine
-from megacpt.runtime.engine import check_card, choose_transformer_impl
+from megacpt.runtime.engine import check_available, check_card, choose_transformer_impl
 
 
 def test_what_was_asked_for_is_never_changed() -> None:
@@ -45,3 +47,27 @@ def test_a_card_too_old_for_the_recipe(recipe: str, capability: tuple[int, int],
 def test_a_card_that_can() -> None:
     check_card("blockwise", (9, 0), "H100")
     check_card("mxfp8", (10, 3), "B300")
+
+
+def configuration(**model: object) -> Config:
+    tree = {
+        "model": {"preset": "tiny", **model},
+        "data": {"seq_length": 8},
+        "train": {"global_batch_size": 1},
+        "optimizer": {"lr": 1.0},
+        "save": {"dir": "x"},
+    }
+    return config_from(tree, "test")
+
+
+def test_what_the_machine_lacks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "import_problem", lambda package: "OSError: libcudart.so.13: cannot open")
+    asked = configuration(transformer_impl="transformer_engine")
+    with pytest.raises(UserError, match=r"transformer_engine does not import \(OSError: libcudart"):
+        check_available(asked, choose_transformer_impl("transformer_engine", on_gpu=True))
+    fused = configuration(gradient_accumulation_fusion=True)
+    local = choose_transformer_impl("local", on_gpu=True)
+    monkeypatch.setattr(engine, "_no_fused_gradients", lambda: True)
+    with pytest.raises(UserError, match="install apex with --cpp_ext --cuda_ext"):
+        check_available(fused, local)
+    check_available(configuration(), local)
