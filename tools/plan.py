@@ -37,6 +37,7 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     # Late: a wrong key should be told before torch is loaded.
     config = load_config(options.config, options.overrides)
     from megacpt.data.samples.blended import BlendedDataset
+    from megacpt.runtime.engine import plans_for_gpu
     from megacpt.runtime.setup import quiet_third_parties
 
     quiet_third_parties()
@@ -44,7 +45,7 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     model = config.model
     ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    made = make_plan(config, options.world_size or ranks, on_gpu=False)
+    made = make_plan(config, options.world_size or ranks, on_gpu=plans_for_gpu(config))
     mixture = made.mixture
     entries = ledger(mixture, BlendedDataset(mixture, made.corpora, made.vocabulary.size).streams)
     unread = unread_of(entries, {source.name: source.tokens for source in mixture.sources})

@@ -17,11 +17,6 @@ def check_config(config: Config, architecture: Architecture) -> None:
     """
     check_layout(config.model, architecture)
     model, data = config.model, config.data
-    if model.context_parallel_size > 1:
-        raise UserError(
-            f"model.context_parallel_size {model.context_parallel_size} needs Transformer Engine's attention, which "
-            "the local layer spec does not have; set it to 1"
-        )
     if data.seq_length > architecture.max_position_embeddings:
         raise UserError(
             f"data.seq_length {data.seq_length} is longer than model.max_position_embeddings "
@@ -158,6 +153,10 @@ def _check_recompute(config: Config, architecture: Architecture) -> None:
     given = model.recompute_method is not None, model.recompute_num_layers is not None
     if full and not all(given):
         raise UserError("model.recompute_granularity full needs recompute_method and recompute_num_layers")
+    if model.recompute_modules is not None and model.recompute_granularity != "selective":
+        raise UserError(
+            "model.recompute_modules belongs to model.recompute_granularity: selective; set it or drop both"
+        )
     if not full and any(given):
         raise UserError("model.recompute_method and recompute_num_layers belong to recompute_granularity: full")
     if full and (model.recompute_num_layers or 0) > architecture.num_layers // model.pipeline_model_parallel_size:

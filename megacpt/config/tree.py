@@ -99,8 +99,47 @@ class Model(Section):
         1, description="ranks that share each sequence; > 1 needs Transformer Engine"
     )
     sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence within a TP group")
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = Field(
+        None, description="how context-parallel ranks exchange keys and values; null: p2p, a ring"
+    )
+    transformer_impl: Literal["transformer_engine", "local"] | None = Field(
+        None,
+        description="whose classes fill the layer's slots; null: transformer_engine where a GPU and the package are",
+    )
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = Field(
+        "auto", description="Transformer Engine's attention: flash-attn, cuDNN (fused), or neither"
+    )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None, description="matmuls of the layers in FP8; hybrid: gradients in e5m2; needs transformer_engine"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
+        "delayed", description="how scales are chosen; delayed: from the history of maxima; mxfp8: Blackwell"
+    )
+    fp8_margin: NonNegativeInt = Field(0, description="delayed: powers of two kept free above the largest value")
+    fp8_amax_history_len: PositiveInt = Field(1024, description="delayed: steps of the history of maxima")
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = Field("max", description="delayed: which of them counts")
+    first_last_layers_bf16: bool = Field(False, description="with fp8: the outermost layers stay in bf16")
+    num_layers_at_start_in_bf16: NonNegativeInt = Field(1, description="so many at the input")
+    num_layers_at_end_in_bf16: NonNegativeInt = Field(1, description="and at the output")
+    tp_comm_overlap: bool = Field(
+        False,
+        description="TP's communication under the matmuls beside it (userbuffers); needs sequence_parallel",
+    )
+    gradient_accumulation_fusion: bool = Field(
+        False, description="weight gradients are added to the gradient buffer by the matmul itself"
+    )
+    cross_entropy_loss_fusion: bool = Field(False, description="a fused cross-entropy in place of the plain one")
+    cross_entropy_fusion_impl: Literal["native", "te"] = Field(
+        "native", description="which one: megatron-core's or Transformer Engine's"
+    )
+    cuda_graph_impl: Literal["none", "local"] = Field(
+        "none", description="local: megatron-core captures each layer's forward and backward as CUDA graphs"
+    )
     recompute_granularity: Literal["selective", "full"] | None = Field(
         None, description="activations computed again in backward"
+    )
+    recompute_modules: list[Literal["core_attn", "mlp"]] | None = Field(
+        None, description="with selective: which; null: core_attn"
     )
     recompute_method: Literal["uniform", "block"] | None = Field(None, description="with full: which layers")
     recompute_num_layers: PositiveInt | None = Field(
@@ -200,6 +239,16 @@ class Optimizer(Section):
     use_distributed_optimizer: bool = Field(False, description="shard optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients during backward")
     overlap_param_gather: bool = Field(False, description="gather parameters during forward (distributed optimizer)")
+    use_precision_aware_optimizer: bool = Field(
+        False, description="Transformer Engine's AdamW, whose state may be smaller (distributed optimizer, bf16)"
+    )
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = Field("fp32", description="first moment as it is kept")
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = Field("fp32", description="second moment as it is kept")
+    optimizer_cpu_offload: bool = Field(
+        False, description="main parameters and moments in host memory, updated by the CPU (precision-aware)"
+    )
+    optimizer_offload_fraction: Share = Field(1.0, description="with it: which part of them")
+    overlap_cpu_optimizer_d2h_h2d: bool = Field(False, description="with it: copy while the CPU computes")
 
 
 class Schedule(Section):

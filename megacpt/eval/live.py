@@ -75,7 +75,9 @@ class LiveModel:
                 likeliest of several NaN is the first, so that a metric would look like one.
             RankLost: as `scoring.score`.
         """
-        packed = pack(inputs, min(ROW_TOKENS, self.max_length))
+        # Transformer Engine's attention is causal, and rows that are trees need a mask.
+        row_tokens = 0 if unwrap(self.chunks[0]).engine else min(ROW_TOKENS, self.max_length)
+        packed = pack(inputs, row_tokens)
         lengths = [len(cont) for cont in conts]
         queries = Queries(
             rows=np.repeat(packed.row_of, lengths),

@@ -26,6 +26,8 @@ POSITIONS_AT_ONCE = 512
 """Positions whose logits are in memory together."""
 MIN_FILL = 0.7
 """A row shorter than this part of a micro-batch's longest begins another one: padding is computed, too."""
+FP8_ROWS = 32
+"""Positions of a rank are a multiple of this under FP8; every recipe can do with it."""
 IN_FLIGHT = 4
 """Micro-batches of one pipeline call, in multiples of the stages: the more, the smaller the idle share."""
 
@@ -117,8 +119,9 @@ def _forward_all(
     with _evaluating(chunks):
         for call in plan_calls([len(row) for row in rows], batch_tokens, stages, replicas):
             longest = max(len(rows[number]) for replica in call for batch in replica for number in batch)
-            tp = parallel_state.get_tensor_model_parallel_world_size()
-            shape = (max(len(batch) for replica in call for batch in replica), -(-longest // tp) * tp)
+            unit = parallel_state.get_tensor_model_parallel_world_size()
+            unit *= FP8_ROWS if unwrap(chunks[0]).config.fp8 else 1
+            shape = (max(len(batch) for replica in call for batch in replica), -(-longest // unit) * unit)
             mine = call[parallel_state.get_data_parallel_rank()]
             batches = [_batch(batch, rows, asked, queries, shape) for batch in mine]
             outputs = _run(chunks, batches, shape)
@@ -173,7 +176,7 @@ def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     before = [(model.training, model.restart_positions) for model in models]
     for chunk, model in zip(chunks, models, strict=True):
         chunk.eval()
-        model.restart_positions = True
+        model.restart_positions = not model.engine
     try:
         yield
     finally:

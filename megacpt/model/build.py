@@ -1,10 +1,15 @@
 """From an architecture and a layout to this rank's model chunks."""
 
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,11 +21,15 @@ from megacpt.model.spec import block_spec
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a model needs to know besides its shape and layout."""
+    """What a model needs to know besides its shape and layout.
+
+    Attributes:
+        engine: Transformer Engine's classes fill its slots.
+    """
 
     dtype: torch.dtype
     restart_positions: bool
-    overlap_grad_reduce: bool = False
+    engine: bool = False
 
 
 def transformer_config(architecture: Architecture, model: Model, options: BuildOptions) -> TransformerConfig:
@@ -50,7 +59,14 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
+        cp_comm_type=model.cp_comm_type or ("p2p" if model.context_parallel_size > 1 else None),
+        tp_comm_overlap=model.tp_comm_overlap,
+        cross_entropy_loss_fusion=model.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=model.cross_entropy_fusion_impl,
+        cuda_graph_impl=model.cuda_graph_impl,
+        cuda_graph_modules=[],
         recompute_granularity=model.recompute_granularity,
+        recompute_modules=None if model.recompute_modules is None else list(model.recompute_modules),
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
         # The interleaved schedule swaps activations at PP=2 with batched p2p on gloo; this pair is exact everywhere.
@@ -60,12 +76,36 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         # megacpt.model.init draws the weights, whole and layout-independent.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion and _apex_adds_gradients(),
+        bias_activation_fusion=options.engine and architecture.swiglu,
+        apply_rope_fusion=options.engine,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        attention_backend=AttnBackend[model.attention_backend],
+        **fp8_settings(model),
     )
+
+
+def fp8_settings(model: Model) -> dict[str, Any]:
+    """The keys of FP8 as megatron-core's TransformerConfig has them; nothing without FP8."""
+    if model.fp8 is None:
+        return {}
+    return {
+        "fp8": model.fp8,
+        "fp8_recipe": model.fp8_recipe,
+        "fp8_margin": model.fp8_margin,
+        "fp8_amax_history_len": model.fp8_amax_history_len,
+        "fp8_amax_compute_algo": model.fp8_amax_compute_algo,
+        "first_last_layers_bf16": model.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": model.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": model.num_layers_at_end_in_bf16,
+    }
+
+
+def _apex_adds_gradients() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def build_chunks(
@@ -81,14 +121,33 @@ def build_chunks(
             architecture,
             config,
             options.restart_positions,
-            transformer_layer_spec=block_spec(architecture, get_num_layers_to_build(config, vp_stage=vp_stage)),
+            options.engine,
+            transformer_layer_spec=block_spec(
+                architecture, get_num_layers_to_build(config, vp_stage=vp_stage), engine=options.engine
+            ),
             vocab_size=padded,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(torch.cuda.current_device(), options.dtype))
+    if model.gradient_accumulation_fusion:
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     return chunks
+
+
+@contextmanager
+def without_fp8(chunks: Sequence[LanguageModel]) -> Iterator[None]:
+    """In the model's own dtype, to be compared with another implementation."""
+    config = chunks[0].config
+    fp8 = config.fp8
+    config.fp8 = None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
 
 
 def freeze_layers(chunks: list[LanguageModel], freeze: Freeze) -> int:
@@ -105,7 +164,7 @@ def freeze_layers(chunks: list[LanguageModel], freeze: Freeze) -> int:
 
 
 def slot_classes(chunk: LanguageModel) -> dict[str, str]:
-    """The class in every slot of the layer spec, for the start-up report and tests."""
+    """The class in every slot of the layer spec and of the head, for the start-up report and tests."""
     layer = chunk.decoder.layers[0]
     slots = {
         "layer": layer,

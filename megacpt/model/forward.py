@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megacpt.model.gpt import unwrap
 
 Batch = dict[str, torch.Tensor]
 
@@ -29,6 +32,40 @@ def document_mask(document_ids_BS: torch.Tensor) -> torch.Tensor:
     return (other | future)[:, None]
 
 
+def packed_documents(document_ids_BS: torch.Tensor) -> PackedSeqParams:
+    """Where documents begin in a micro-batch laid out as one row, for attention and rotary phases inside them.
+
+    Args:
+        document_ids_BS: on the CPU, where reading the boundaries costs no synchronisation.
+
+    Returns:
+        qkv_format "thd"; cu_seqlens int32 [documents + 1] on the CPU, from 0 to b x s; max_seqlen of the longest.
+    """
+    begins = torch.ones_like(document_ids_BS, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    edges = torch.cat([starts, starts.new_tensor([document_ids_BS.numel()])]).int()
+    longest = int(edges.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def context_part(batch: Batch, size: int, rank: int) -> Batch:
+    """What a context-parallel rank sees of a micro-batch: of 2 x CP chunks, the rank-th from either end.
+
+    So every rank has as much of the causal triangle (Megatron's zigzag, which Transformer Engine's attention expects).
+    """
+    if size == 1:
+        return batch
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        chunks = tensor.chunk(2 * size, dim=1)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
+
+    return {name: part(tensor) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}
+
+
 def loss_sums(losses_BS: torch.Tensor, mask_BS: torch.Tensor, source_B: torch.Tensor, sources: int) -> torch.Tensor:
     """Loss and unmasked tokens by source: float64 [2, sources]."""
     per_sample = torch.stack([(losses_BS.detach() * mask_BS).double().sum(1), mask_BS.double().sum(1)])
@@ -37,6 +74,7 @@ def loss_sums(losses_BS: torch.Tensor, mask_BS: torch.Tensor, source_B: torch.Te
 
 def _loss(batch: Batch, sources: int, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = batch["loss_mask"]
+    losses_BS = losses_BS.view_as(mask)
     sums = loss_sums(losses_BS, mask, batch["source"], sources)
     return (losses_BS * mask).sum(), mask.sum().to(torch.int), sums
 
@@ -45,19 +83,33 @@ def forward_step(
     sources: int, device: torch.device, iterator: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Any, Callable[..., Any]]:
     """Run one micro-batch through this stage; returns its output and the function that turns it into the loss."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
-    losses = model(*model_inputs(batch), labels=batch.get("labels"))
+    batch, inputs = stage_inputs(next(iterator), device, engine=unwrap(model).engine)
+    losses = model(**inputs)
     return losses, partial(_loss, batch, sources)
 
 
-def model_inputs(batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Tokens [b, s], position ids [b, s] and attention mask of a micro-batch; None what this stage does not need."""
-    documents = batch.get("document_ids")
-    tokens = batch.get("tokens")
-    positions = batch.get("position_ids")
+def stage_inputs(batch: Batch, device: torch.device, *, engine: bool) -> tuple[Batch, dict[str, Any]]:
+    """A micro-batch on the device, this rank's part of it, and the model's arguments made from it.
+
+    Where documents matter, the local layers get a mask [b, 1, s, s]; Transformer Engine's get the micro-batch as one
+    row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
+    """
+    packed = packed_documents(batch["document_ids"]) if engine and "document_ids" in batch else None
+    size = parallel_state.get_context_parallel_world_size()
+    batch = context_part(batch, size, parallel_state.get_context_parallel_rank() if size > 1 else 0)
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    tokens, labels = batch.get("tokens"), batch.get("labels")
+    positions, documents = batch.get("position_ids"), batch.get("document_ids")
     if positions is None and tokens is not None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return tokens, positions, None if documents is None else document_mask(documents)
+    mask = None if documents is None or engine else document_mask(documents)
+    inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "labels": labels}
+    if packed is not None:
+        inputs = {name: None if value is None else value.reshape(1, -1) for name, value in inputs.items()}
+        edges = packed.cu_seqlens_q.to(device, non_blocking=True)
+        packed.cu_seqlens_q = packed.cu_seqlens_kv = edges
+        inputs["packed_seq_params"] = packed
+    return batch, inputs | {"attention_mask": mask}
 
 
 def run_schedule(
@@ -69,18 +121,23 @@ def run_schedule(
 ) -> list[Any]:
     """megatron-core's pipeline schedule over this rank's micro-batches; what `step`'s second function gave for each.
 
+    Packed documents (see `stage_inputs`) travel between stages as one row.
+
     Args:
         batches: this rank's micro-batches; empty dicts on a stage that needs none.
         sample_shape: (micro-batch size, seq_length), which pipeline stages agree on.
         options: further arguments of the schedule.
     """
+    rows, length = sample_shape
+    if unwrap(chunks[0]).engine and any("document_ids" in batch for batch in batches):
+        rows, length = 1, rows * length
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        micro_batch_size=sample_shape[0],
-        seq_length=sample_shape[1],
+        micro_batch_size=rows,
+        seq_length=length,
         **options,
     )
 

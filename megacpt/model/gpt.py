@@ -15,11 +15,17 @@ from megacpt.config.architecture import Architecture
 class LanguageModel(GPTModel):
     """A GPTModel whose padding rows can be neither predicted nor sampled.
 
-    `restart_positions` makes rotary phases follow `position_ids`; GPTModel alone ignores them under RoPE.
+    Rotary phases may follow `position_ids`, which GPTModel alone ignores under RoPE. With Transformer Engine's layers
+    they do not need to: documents are packed, and phases restart where `packed_seq_params` says.
     """
 
     def __init__(
-        self, architecture: Architecture, config: TransformerConfig, restart_positions: bool, **kwargs: Any
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        restart_positions: bool,
+        engine: bool = False,
+        **kwargs: Any,
     ) -> None:
         scaling = architecture.rope_scaling_factor
         super().__init__(
@@ -33,7 +39,9 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
             **kwargs,
         )
-        self.restart_positions = restart_positions
+        self.engine = engine
+        """Whether Transformer Engine's classes fill the slots: documents by `packed_seq_params`, no other masks."""
+        self.restart_positions = restart_positions and not engine
         self.some_layers_frozen = False
         """Whether any layer, here or on another stage, has no optimizer state."""
         rows = self.vocab_size // self.pg_collection.tp.size()
@@ -53,12 +61,21 @@ class LanguageModel(GPTModel):
         """Cross-entropy per token, [b, s] fp32, from vocabulary-parallel logits [s, b, v/TP], padding excluded."""
         return super().compute_language_model_loss(labels, self.mask_padding(logits))
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Losses [b, s] with labels; without, logits [b, s, v/TP] with padding at minus infinity.
 
         megatron-core's `output_processor` takes the place of the head; masking the padding is then its own affair.
         """
-        output = super().forward(*args, labels=labels, **kwargs)
+        # Its attention is told "causal" and would ignore a mask.
+        assert attention_mask is None or not self.engine, "Transformer Engine's attention takes no mask here"
+        output = super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
         is_logits = self.post_process and labels is None and kwargs.get("output_processor") is None
         return self.mask_padding(output) if is_logits else output
 

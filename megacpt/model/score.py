@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.utils import get_attr_wrapped_model
 
-from megacpt.model.forward import Batch, model_inputs, run_schedule
+from megacpt.model.forward import Batch, run_schedule, stage_inputs
+from megacpt.model.gpt import unwrap
 
 COLUMNS = 3
 """Of a sample's sums: loss in nats, targets that were the likeliest token, targets."""
@@ -27,7 +27,12 @@ def score_micro_batches(
     sums = run_schedule(
         partial(_forward_step, device), chunks, batches, sample_shape, forward_only=True, collect_non_loss_data=True
     )
-    return torch.stack(sums) if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    everything = torch.stack(sums)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(everything, group=parallel_state.get_context_parallel_group())
+    return everything
 
 
 def gather_samples(local: torch.Tensor | None, micro_batches: int, micro_batch_size: int) -> torch.Tensor:
@@ -74,9 +79,9 @@ def likeliest_tokens(logits: torch.Tensor, real_rows: int) -> torch.Tensor:
 
 
 def _forward_step(device: torch.device, iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
-    head = partial(_losses_and_hits, get_attr_wrapped_model(model, "real_rows"))
-    output = model(*model_inputs(batch), labels=batch.get("labels"), output_processor=head)
+    own = unwrap(model)
+    batch, inputs = stage_inputs(next(iterator), device, engine=own.engine)
+    output = model(**inputs, output_processor=partial(_losses_and_hits, own.real_rows))
     return output, partial(_sums, batch)
 
 
@@ -93,6 +98,6 @@ def _losses_and_hits(real_rows: int, *, hidden_states: torch.Tensor, labels: tor
 
 def _sums(batch: Batch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
     assert non_loss_data
-    losses, hits = output
     mask = batch["loss_mask"]
+    losses, hits = output.view(2, *mask.shape)
     return torch.stack([(losses * mask).double().sum(1), (hits * mask).double().sum(1), mask.double().sum(1)], dim=1)

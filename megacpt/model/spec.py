@@ -1,5 +1,17 @@
-"""The layer spec: which class fills each slot of megatron-core's transformer layer, written out by hand."""
+"""The layer specs: which class fills each slot of megatron-core's transformer layer, written out by hand.
 
+Two of them: `local`, which needs only torch, and `transformer_engine`. docs/parallelism.md says why each class is
+there. Loss has no slot in a spec: it is `LanguageModel.compute_language_model_loss`.
+"""
+
+from dataclasses import dataclass
+
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,35 +34,65 @@ CHECKPOINT_NAMES = {
 }
 
 
-def local_layer_spec(architecture: Architecture) -> ModuleSpec:
-    """A layer of megatron-core's parallel linears with our norms and attention; needs only torch."""
+@dataclass(frozen=True)
+class Slots:
+    """One class for each slot; a norm that is inside the linear layer after it is an IdentityOp.
+
+    Attributes:
+        norm: before attention and before the MLP.
+        final_norm: after the last layer.
+        column: qkv and fc1, cut by rows.
+        row: proj and fc2, cut by columns.
+    """
+
+    norm: type
+    final_norm: type
+    column: type
+    row: type
+    attention: type
+
+
+def slots(architecture: Architecture, *, engine: bool) -> Slots:
+    """The only place that chooses classes; a kernel that fills a slot better is named here."""
+    if engine:
+        return Slots(
+            norm=IdentityOp,
+            final_norm=TENorm,
+            column=TELayerNormColumnParallelLinear,
+            row=TERowParallelLinear,
+            attention=TEDotProductAttention,
+        )
     norm = NORMS[architecture.normalization]
+    return Slots(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention)
+
+
+def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:
+    """One transformer layer: attention and MLP, each behind its norm, each added to the residual."""
+    fill = slots(architecture, engine=engine)
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=SDPAttention,
-        linear_proj=RowParallelLinear,
+        linear_qkv=fill.column,
+        core_attention=fill.attention,
+        linear_proj=fill.row,
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
     return ModuleSpec(
         module=ParallelResidualLayer if architecture.use_parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=fill.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            pre_mlp_layernorm=fill.norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fill.column, linear_fc2=fill.row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map={} if engine else CHECKPOINT_NAMES,
         ),
     )
 
 
-def block_spec(architecture: Architecture, layers_on_this_stage: int) -> TransformerBlockSubmodules:
+def block_spec(architecture: Architecture, layers_on_this_stage: int, *, engine: bool) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or chunk of one) and the final norm, which the last stage builds."""
-    layers = [local_layer_spec(architecture)] * layers_on_this_stage
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=NORMS[architecture.normalization])
+    layers = [layer_spec(architecture, engine=engine)] * layers_on_this_stage
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=slots(architecture, engine=engine).final_norm)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megacpt.errors import UserError
+from megacpt.runtime.gpu import set_gpu_environment
 
 PR_SET_PDEATHSIG = 1
 """From Linux's prctl.h: the signal that a process gets when its parent ends."""
@@ -100,8 +101,18 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def setup(layout: Layout, seed: int, threads: int | None = None, timeout_minutes: float = 10.0) -> Rank:
+def setup(
+    layout: Layout,
+    seed: int,
+    threads: int | None = None,
+    timeout_minutes: float = 10.0,
+    *,
+    cuda_graphs: bool = False,
+) -> Rank:
     """Join the process group (nccl on GPUs, gloo on CPUs) and build megatron-core's groups.
+
+    Args:
+        cuda_graphs: random states are ones that a CUDA graph can hold.
 
     Raises:
         UserError: the layout does not fit the world, or the rendezvous port is taken.
@@ -111,11 +122,10 @@ def setup(layout: Layout, seed: int, threads: int | None = None, timeout_minutes
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = threads or max(1, (os.cpu_count() or 1) // local_world)
     torch.set_num_threads(threads)
+    set_gpu_environment(layout.tensor, layout.context, cuda_graphs=cuda_graphs)
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # Megatron's TP overlap counts on kernels being launched in program order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     else:
         from megacpt.runtime.cpu import redirect_cuda
 
@@ -130,7 +140,7 @@ def setup(layout: Layout, seed: int, threads: int | None = None, timeout_minutes
 
     from megatron.core import tensor_parallel
 
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=cuda_graphs)
     return Rank(dist.get_rank(), dist.get_world_size(), local_rank, device, threads)
 
 

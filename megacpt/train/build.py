@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from megatron.core import parallel_state
 
 from megacpt.config.load import dump_config
@@ -11,6 +12,7 @@ from megacpt.data.samples.blended import BlendedDataset
 from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, stage_reads_batches
+from megacpt.model.userbuffers import make_userbuffers
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import load_all, remove_partial
 from megacpt.train.guard import Watch
@@ -31,7 +33,9 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         UserError: a checkpoint does not fit, or the run folder cannot be written.
     """
     config = plan.config
-    options = BuildOptions(plan.dtype, config.data.reset_position_ids)
+    options = BuildOptions(plan.dtype, config.data.reset_position_ids, engine=plan.layers.engine)
+    if config.model.tp_comm_overlap:
+        make_userbuffers(config, plan.architecture)
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
@@ -39,7 +43,12 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     base = base_weights(plan, chunks) if plan.measures_weights and plan.ended is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
-    optimizer = build_optimizer(wrapped, config.optimizer, plan.dtype)
+    optimizer = build_optimizer(
+        wrapped,
+        config.optimizer,
+        plan.dtype,
+        torch.float32 if config.precision.grad_reduce_in_fp32 else plan.dtype,
+    )
     if plan.resume is not None:
         load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
     folder = Path(config.save.dir)

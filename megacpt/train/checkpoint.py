@@ -313,7 +313,10 @@ def load_all(folder: Path, chunks: Sequence[LanguageModel], optimizer: MegatronO
     """Fill parameters and optimizer state from a checkpoint of any layout."""
     sharded = _model_state(chunks)
     sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=True)
-    loaded = _load(sharded, folder)
+    loaded, _, absent = _load(sharded, folder, strict="return_all")
+    missing = sorted(key for key in absent if "_extra_state" not in key)
+    if missing:
+        raise UserError(f"{folder}: lacks {missing[0]}, which this run needs; choose another checkpoint")
     _restore_weights(chunks, loaded)
     load_optimizer_state(optimizer, loaded.get("optimizer", {}), iteration)
 
@@ -331,4 +334,7 @@ def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
 
 def _restore_weights(chunks: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
     for name, chunk in _named(chunks).items():
-        chunk.load_state_dict(loaded[name])
+        # There Transformer Engine's modules keep FP8's history; a checkpoint of local layers has none: it starts anew.
+        result = chunk.load_state_dict(loaded[name], strict=False)
+        wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]
+        assert not wrong, f"loaded state and model differ: {wrong}"

@@ -1,58 +1,33 @@
 """The report of `--dry-run`: what a run of any layout would read, compute, hold in memory and write."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
 from megacpt.data.mixture.ledger import table
-from megacpt.data.mixture.table import aligned
-from megacpt.train.activations import stage_activations
-from megacpt.train.memory import Setting, base_weights_bytes, checkpoint_bytes, stage_state
+from megacpt.train.memory import Setting, checkpoint_bytes
+from megacpt.train.memory_table import memory_table, size
 from megacpt.train.plan import Plan, fingerprint
 
 LABEL = 13
-COLUMNS = (
-    "stage",
-    "layers",
-    "parameters",
-    "weights",
-    "gradients",
-    "optimizer",
-    "in flight",
-    "activations",
-    "logits",
-    "total",
-)
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def describe(plan: Plan) -> str:
-    """The plan as text for a terminal. Reads nothing and builds nothing; the same on every kind of device."""
-    setting = Setting(plan.config, plan.architecture, plan.layout, plan.dtype)
+    """The plan as text for a terminal. Reads nothing and builds nothing."""
+    setting = plan.setting
     sections = [
-        [*_model(setting), *_ranks(setting)],
+        [*_model(setting), *_ranks(setting), *_line("layers", *_layers(plan))],
         table(plan.mixture).splitlines() + [f"note: {note}" for note in plan.notes],
         [*_steps(plan), *_schedule(plan), *_compute(plan), *_evaluation(plan)],
-        list(_memory(setting)),
+        list(memory_table(setting)),
         [
             *_checkpoints(plan, setting),
             *_start(plan),
             *_line("data", f"fingerprint {fingerprint(plan.mixture.fingerprint())}"),
         ],
-        [
-            "Computed: everything but activations and logits, which are estimated for fused kernels, as on a GPU.",
-            "Not in the memory table: temporary buffers, the allocator's and the communication library's.",
-        ],
+        ["Computed, not measured. Not in the memory table: what the allocator and the communication library add."],
     ]
     return "\n\n".join("\n".join(section) for section in sections)
-
-
-def size(count: float) -> str:
-    """Bytes for people: `1.50 GiB`."""
-    unit = 0
-    while count >= 1000 and unit < len(UNITS) - 1:
-        count, unit = count / 1024, unit + 1
-    return f"{count:.0f} {UNITS[unit]}" if unit == 0 else f"{count:,.2f} {UNITS[unit]}"
 
 
 def flops(count: float) -> str:
@@ -106,9 +81,27 @@ def _ranks(setting: Setting) -> list[str]:
     ]
     return _line(
         "ranks",
-        f"{layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data}"
+        f"{layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual}"
+        + (f" x CP {layout.context}" if layout.context > 1 else "")
+        + f" x DP {layout.data}"
         + (f", {', '.join(on)}" if on else ""),
     )
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    model, optimizer = plan.config.model, plan.config.optimizer
+    yield str(plan.layers)
+    if model.fp8 is not None:
+        outer = f"; {model.num_layers_at_start_in_bf16} + {model.num_layers_at_end_in_bf16} outermost layers in bf16"
+        yield f"fp8 {model.fp8}, recipe {model.fp8_recipe}{outer if model.first_last_layers_bf16 else ''}"
+    overlap = {
+        "TP communication (tp_comm_overlap)": model.tp_comm_overlap,
+        "gradient reduction": optimizer.overlap_grad_reduce,
+        "parameter gather": optimizer.overlap_param_gather,
+        "optimizer's copies": optimizer.overlap_cpu_optimizer_d2h_h2d,
+    }
+    if any(overlap.values()):
+        yield f"overlapped with compute: {', '.join(name for name, active in overlap.items() if active)}"
 
 
 def _steps(plan: Plan) -> list[str]:
@@ -211,45 +204,6 @@ def _evaluation(plan: Plan) -> list[str]:
         f"{', '.join(when) or 'never'}: {cost.times:,} times {cost.samples:,} samples, "
         f"{cost.share:.1%} of the compute to come",
     )
-
-
-def _memory(setting: Setting) -> Iterator[str]:
-    """A row per pipeline stage, what one of its ranks holds; neighbouring stages that are alike share a row."""
-    rows: list[tuple[list[int], list[str]]] = []
-    totals, composed = [], 0
-    for stage in range(setting.layout.pipeline):
-        state, held = stage_state(setting, stage), stage_activations(setting, stage)
-        totals.append(state.total + held.saved + held.logits)
-        composed = max(composed, stage_activations(setting, stage, fused_norm=False).saved - held.saved)
-        cells = [
-            f"{setting.chunk_layers * setting.chunks:,}",
-            f"{state.parameters:,}",
-            *map(size, (state.weights, state.gradients, state.optimizer)),
-            f"{held.in_flight:,}",
-            *map(size, (held.saved, held.logits, totals[-1])),
-        ]
-        if rows and rows[-1][1] == cells:
-            rows[-1][0].append(stage)
-        else:
-            rows.append(([stage], cells))
-    yield "memory of a rank by pipeline stage; weights, gradients, optimizer exact, activations and logits estimated"
-    yield from aligned(COLUMNS, [[_span(stages), *cells] for stages, cells in rows], [""] * len(COLUMNS))[:-2]
-    held_by_optimizer = "fp32 main parameters and moments" if setting.dtype.itemsize == 2 else "fp32 moments"
-    unit = "micro-batches" if setting.layout.virtual is None else "micro-batches of one chunk"
-    yield f"optimizer: {held_by_optimizer}; in flight: {unit} that wait for their backward"
-    largest = max(totals)
-    unfused = f"; on a CPU, unfused RMSNorm keeps up to {size(composed)} more" if composed else ""
-    yield f"largest: stage {totals.index(largest)} with {size(largest)} a rank{unfused}"
-    weight_update = setting.config.diagnostics.weight_update
-    if weight_update.at or weight_update.every is not None:
-        yield (
-            f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
-            "(diagnostics.weight_update)"
-        )
-
-
-def _span(stages: Sequence[int]) -> str:
-    return str(stages[0]) if len(stages) == 1 else f"{stages[0]}-{stages[-1]}"
 
 
 def _checkpoints(plan: Plan, setting: Setting) -> list[str]:

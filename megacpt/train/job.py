@@ -310,6 +310,7 @@ class Job:
                 "virtual": layout.virtual,
                 "context": layout.context,
                 "threads": self.rank.threads,
+                "transformer_impl": self.plan.layers.transformer_impl,
             },
             versions=versions(),
         )

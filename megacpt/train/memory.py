@@ -1,7 +1,7 @@
 """Memory of a rank, from arithmetic alone: parameters, gradients, optimizer state; nothing is built.
 
 Weights, gradients and optimizer state follow megatron-core 0.19's own rules (sources beside each function) and are
-exact; activations are estimated in `megacpt.train.activations`. All sizes are bytes. The ranks of a tensor-parallel
+exact; activations are in `megacpt.train.peak`. All sizes are bytes. The ranks of a tensor-parallel
 group are alike, and so are those of a data-parallel group but for the padding at the end of a distributed optimizer's
 buffers.
 """
@@ -18,18 +18,28 @@ from megacpt.runtime.setup import Layout
 
 FP32 = 4
 MOMENTS = 2
+MOMENT_ITEM = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+OFFLOADED_ITEM = 4 * FP32
+"""Host memory of a parameter whose state is offloaded: itself, its gradient, two moments."""
 PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What memory depends on."""
+    """What memory depends on.
+
+    Attributes:
+        on_gpu: norms are one kernel; on a CPU a norm is composed of several, which keep more.
+        engine: Transformer Engine's layers in place of the local ones.
+    """
 
     config: Config
     architecture: Architecture
     layout: Layout
     dtype: torch.dtype
+    on_gpu: bool = False
+    engine: bool = False
 
     @property
     def chunks(self) -> int:
@@ -85,13 +95,16 @@ class State:
     """What a rank of one pipeline stage holds all the time: elements and bytes.
 
     Attributes:
+        weights: with FP8 also the copies that its matmuls read.
         optimizer: fp32 main parameters (bf16 only) and moments.
+        host: of main parameters, moments and their gradients what is offloaded to host memory; not in `total`.
     """
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -112,7 +125,7 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
     tied = not shape.untie_embeddings_and_output_weights
     first, last = setting.is_first(stage, chunk), setting.is_last(stage, chunk)
     table = Parameter(setting.vocabulary_rows * hidden, shared=tied and setting.layout.pipeline > 1)
-    norm, layer = _norm(shape), _layer(shape, setting.layout.tensor)
+    norm, layer = _norm(shape), _layer(shape, setting.layout.tensor, engine=setting.engine)
     found = [table] if first else []
     found += [Parameter(n, setting.trains(number)) for number in setting.layers(stage, chunk) for n in layer]
     if last:
@@ -126,12 +139,14 @@ def _norm(shape: Architecture) -> list[int]:
     return [shape.hidden_size] * (shape.norm_parameters // shape.hidden_size)
 
 
-def _layer(shape: Architecture, tp: int) -> list[int]:
+def _layer(shape: Architecture, tp: int, *, engine: bool = False) -> list[int]:
     """Elements of a layer's tensors on one tensor-parallel rank."""
     hidden, qkv, fc1 = shape.hidden_size, shape.qkv_size // tp, shape.fc1_size // tp
+    projection = _linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape)
+    # Transformer Engine's norm is a part of the linear layer that follows it, which is built after the projection.
+    first = [*projection, *_norm(shape)] if engine else [*_norm(shape), *projection]
     return [
-        *_norm(shape),
-        *_linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape),
+        *first,
         *_linear(qkv * hidden, qkv, shape),
         *_norm(shape),
         *_linear(fc1 * hidden, fc1, shape),
@@ -152,22 +167,50 @@ def stage_state(setting: Setting, stage: int) -> State:
       the distributed optimizer (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). Of its ranks, those whose share
       ends in padding hold a little less.
 
-    Frozen layers have weights only. Not counted: with bf16 gradients, the fp32 copy that a step makes of them.
+    - Precision-aware: moments as configured; nothing for the part that is offloaded, which takes an fp32 parameter,
+      its gradient and two moments of host memory.
+
+    Frozen layers have weights only.
     """
     item = setting.dtype.itemsize
-    sharded = setting.config.optimizer.use_distributed_optimizer
+    optimizer = setting.config.optimizer
     gradient_item = FP32 if setting.config.precision.grad_reduce_in_fp32 else item
-    state_item = FP32 * (MOMENTS + (setting.dtype is torch.bfloat16))
     chunks = [chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)]
     everything = sum(p.numel for chunk in chunks for p in chunk)
     frozen = sum(p.numel for chunk in chunks for p in chunk if not p.trains)
     buffers = sum(sum(buckets(setting, stage, [p for p in chunk if p.trains])) for chunk in chunks)
+    shares = setting.layout.data * setting.layout.context if optimizer.use_distributed_optimizer else 1
+    offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
     return State(
         parameters=everything,
-        weights=(frozen + buffers) * item,
+        weights=(frozen + buffers) * item + _fp8_copies(setting, stage),
         gradients=buffers * gradient_item,
-        optimizer=buffers * state_item // (setting.layout.data if sharded else 1),
+        optimizer=round(buffers * state_item(setting) * (1 - offloaded)) // shares,
+        host=round(buffers * OFFLOADED_ITEM * offloaded) // shares,
     )
+
+
+def state_item(setting: Setting) -> int:
+    """Bytes of optimizer state for a parameter."""
+    optimizer = setting.config.optimizer
+    moments = MOMENT_ITEM[optimizer.exp_avg_dtype] + MOMENT_ITEM[optimizer.exp_avg_sq_dtype]
+    return moments + (FP32 if setting.dtype is torch.bfloat16 else 0)
+
+
+def is_fp8(setting: Setting, number: int) -> bool:
+    """Whether the matmuls of layer `number` (0, 1, ... of the whole model) are in FP8."""
+    model, layers = setting.config.model, setting.architecture.num_layers
+    if model.fp8 is None:
+        return False
+    if not model.first_last_layers_bf16:
+        return True
+    return model.num_layers_at_start_in_bf16 <= number < layers - model.num_layers_at_end_in_bf16
+
+
+def _fp8_copies(setting: Setting, stage: int) -> int:
+    """A matrix and its transpose, kept between micro-batches (Hopper's FP8 matmul knows one layout of operands)."""
+    layers = sum(is_fp8(setting, n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))
+    return 2 * layers * setting.architecture.layer_matmul_parameters // setting.layout.tensor
 
 
 def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterator[int]:
@@ -181,7 +224,7 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
     if not setting.config.optimizer.use_distributed_optimizer:
         yield sum(p.numel for p in parameters)
         return
-    dp = setting.layout.data
+    dp = setting.layout.data * setting.layout.context
     limited = setting.config.optimizer.overlap_grad_reduce and stage == 0
     limit = max(40_000_000, 1_000_000 * dp) if limited else math.inf
     unit = math.lcm(dp, BUCKET_ALIGNMENT)

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -23,6 +24,8 @@ from megacpt.model.gpt import LanguageModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "param"
+# Transformer Engine marks a moment in FP8 by the dtype of its bytes.
+STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 def wrap_chunks(
@@ -49,9 +52,16 @@ def wrap_chunks(
 
 
 def build_optimizer(
-    wrapped: list[DistributedDataParallel], optimizer: Optimizer, dtype: torch.dtype
+    wrapped: list[DistributedDataParallel],
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+    gradients: torch.dtype = torch.float32,
 ) -> MegatronOptimizer:
-    """AdamW with decoupled weight decay (none on norms), fp32 main parameters and clipping by global norm."""
+    """AdamW with decoupled weight decay (none on norms), fp32 main parameters and clipping by global norm.
+
+    Args:
+        gradients: dtype of the gradient buffers; the precision-aware optimizer reads them as they are.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -65,12 +75,31 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         overlap_param_gather=optimizer.overlap_param_gather,
+        **_state_settings(optimizer, gradients),
     )
     built = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
     for group in built.param_groups:
         # megatron-core leaves this product to its own scheduler; without it, norms decay like matrices.
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     return built
+
+
+def _state_settings(optimizer: Optimizer, gradients: torch.dtype) -> dict[str, Any]:
+    """The precision-aware optimizer's settings; nothing without it."""
+    if not optimizer.use_precision_aware_optimizer:
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "main_grads_dtype": gradients,
+        "exp_avg_dtype": STATE_DTYPES[optimizer.exp_avg_dtype],
+        "exp_avg_sq_dtype": STATE_DTYPES[optimizer.exp_avg_sq_dtype],
+        # With it, the 16 bits that bf16 lacks take the main parameter's place, in memory and in checkpoints; those
+        # would load under no other optimizer.
+        "store_param_remainders": False,
+        "optimizer_cpu_offload": optimizer.optimizer_cpu_offload,
+        "optimizer_offload_fraction": optimizer.optimizer_offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": optimizer.overlap_cpu_optimizer_d2h_h2d,
+    }
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -102,7 +131,15 @@ def _main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.
 
 
 def _allocate(part: MegatronOptimizer) -> None:
-    if part.init_state_fn is not None:
+    inner = part.optimizer
+    if isinstance(inner, HybridDeviceOptimizer):
+        # Its state appears in a step; what that writes is about to be overwritten.
+        inner.dummy_step()
+    elif part.config.use_precision_aware_optimizer:
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                inner.initialize_state(parameter, False)
+    elif part.init_state_fn is not None:
         part.init_state_fn(part.optimizer, part.config)
 
 
@@ -191,14 +228,33 @@ def _load_shards(part: DistributedOptimizer, entries: dict[int, dict[str, Any]])
             number += 1
             if parameter not in here:
                 continue
+            span = slice(here[parameter].start, here[parameter].end)
+            shards = {name: tensor.flatten()[span] for name, tensor in entries[number].items()}
+            if part.config.use_precision_aware_optimizer:
+                _set_scaled(part, parameter, shards)
+                continue
             group, order = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][order]
-            for name, tensor in entries[number].items():
+            for name, shard in shards.items():
                 target = main if name == MAIN else part.optimizer.state[main][name]
-                target.copy_(tensor.flatten()[here[parameter].start : here[parameter].end])
+                target.copy_(shard)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        part.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _set_scaled(part: DistributedOptimizer, parameter: torch.Tensor, shards: dict[str, torch.Tensor]) -> None:
+    """Into state that may be in another dtype, or in host memory, than it is saved in (fp32)."""
+    device = torch.cuda.current_device()
+    part._set_main_param_and_optimizer_states(
+        parameter, {name: shard.detach().clone().float().to(device) for name, shard in shards.items()}
+    )
 
 
 def _set_step(inner: torch.optim.Optimizer, iteration: int) -> None:
+    if isinstance(inner, HybridDeviceOptimizer):
+        for part in inner.sub_optimizers:
+            _set_step(part, iteration)
+        return
     for group in inner.param_groups:
         if isinstance(inner, torch.optim.AdamW | torch.optim.Adam):
             for parameter in group["params"]:

@@ -13,9 +13,11 @@ from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Config
 from megacpt.data.mixture.mixture import Mixture
 from megacpt.data.samples.blended import Corpus, EvalSet
+from megacpt.runtime.engine import Choice
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import TrainState
 from megacpt.train.guard import Ended
+from megacpt.train.memory import Setting
 from megacpt.train.origin import Origin
 from megacpt.train.schedule import LRSchedule
 
@@ -51,10 +53,19 @@ class Plan:
     schedule: LRSchedule
     resume: Resume | None
     dtype: torch.dtype
+    on_gpu: bool
+    layers: Choice
     origin: Origin | None = None
     notes: tuple[str, ...] = ()
     ended: Ended | None = None
     absent_tasks: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> Setting:
+        """What memory depends on."""
+        return Setting(
+            self.config, self.architecture, self.layout, self.dtype, on_gpu=self.on_gpu, engine=self.layers.engine
+        )
 
     @property
     def first_iteration(self) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from megacpt.config.architecture import WEIGHT_FIELDS, Architecture, resolve_architecture
 from megacpt.config.check import check_config, check_micro_batches
+from megacpt.config.check_engine import check_engine
 from megacpt.config.tree import Config
 from megacpt.data.samples.batches import BatchLayout
 from megacpt.data.samples.blended import Corpus, EvalSet, SourceStream
@@ -16,6 +17,7 @@ from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.model.hf.families import family_for
 from megacpt.model.hf.reference import require_transformers
+from megacpt.runtime.engine import choose_transformer_impl
 from megacpt.runtime.environment import version_of
 from megacpt.runtime.setup import Layout
 from megacpt.train.checkpoint import find_checkpoint, read_state
@@ -60,6 +62,9 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     origin = _origin(config, resume)
     architecture = resolve_architecture(model, vocabulary.size if vocabulary else None, origin.base if origin else None)
     check_config(config, architecture)
+    dtype = torch.bfloat16 if (config.precision.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
+    layers = choose_transformer_impl(model.transformer_impl, on_gpu=on_gpu)
+    check_engine(config, architecture, engine=layers.engine, on_gpu=on_gpu, bf16=dtype is torch.bfloat16)
     if config.save.hf_every is not None and origin is None:
         family_for(architecture)
     _check_tokenizer(config, origin, vocabulary)
@@ -68,7 +73,6 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
     vocabulary = vocabulary or Vocabulary(architecture.vocab_size, None)
     datasets = [corpus.dataset for corpus in (*corpora.values(), *held_out.values())]
     _check_tokens(datasets, architecture.vocab_size, vocabulary)
-    dtype = torch.bfloat16 if (config.precision.dtype or ("bf16" if on_gpu else "fp32")) == "bf16" else torch.float32
     schedule = LRSchedule(lr=config.optimizer.lr, min_lr=config.optimizer.min_lr, **config.schedule.model_dump())
     mixture, notes = solve_mixture(config, corpora, schedule, resume)
     schedule.check(mixture.steps_available, train.global_batch_size)
@@ -84,6 +88,8 @@ def make_plan(config: Config, world_size: int, *, on_gpu: bool) -> Plan:
         schedule=schedule,
         resume=resume,
         dtype=dtype,
+        on_gpu=on_gpu,
+        layers=layers,
         origin=origin,
         notes=(*notes, *more),
         ended=ended,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
+from megacpt.model.build import without_fp8
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import check_import
@@ -92,6 +93,7 @@ def _import_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str:
         dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
         sequences, length = GATE_SHAPE
         tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
-        return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
+        with without_fp8(chunks):
+            return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
     finally:
         source.close()

@@ -4,6 +4,7 @@ from megacpt.data.mixture.ledger import table
 from megacpt.model.build import slot_classes
 from megacpt.runtime.environment import describe_device, versions
 from megacpt.train.job import Job
+from megacpt.train.plan import Plan
 
 
 def announce(job: Job) -> None:
@@ -13,6 +14,7 @@ def announce(job: Job) -> None:
     layout, architecture = plan.layout, plan.architecture
     log.say(" | ".join(f"{name} {version}" for name, version in versions().items()))
     log.say(f"device: {describe_device(job.rank.device, job.rank.threads)}")
+    log.say(f"transformer_impl: {plan.layers}{_precision(plan)}")
     virtual = f" (x{layout.virtual} virtual)" if layout.virtual else ""
     log.say(
         f"ranks: {layout.world_size} = TP {layout.tensor} x PP {layout.pipeline}{virtual} x CP {layout.context} x DP "
@@ -37,6 +39,18 @@ def announce(job: Job) -> None:
         log.say(f"nothing to do: {plan.resume.folder} is the end of this plan ({plan.last_iteration} iterations)")
     else:
         log.say(f"resuming from {plan.resume.folder}")
+        wrote = plan.resume.state.layout.get("transformer_impl", "local")
+        if wrote != plan.layers.transformer_impl:
+            ours = plan.layers.transformer_impl
+            log.say(f"note: {wrote} layers wrote the checkpoint, {ours} ones go on: they round differently")
         if plan.resume.state.layout["threads"] != job.rank.threads:
             then, now = plan.resume.state.layout["threads"], job.rank.threads
             log.say(f"note: {then} threads per rank wrote the checkpoint, {now} go on: sums may round differently")
+
+
+def _precision(plan: Plan) -> str:
+    model = plan.config.model
+    if model.fp8 is None:
+        return ""
+    outer = f", {model.num_layers_at_start_in_bf16} + {model.num_layers_at_end_in_bf16} layers in bf16"
+    return f" | fp8 {model.fp8}, {model.fp8_recipe}{outer if model.first_last_layers_bf16 else ''}"

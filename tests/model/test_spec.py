@@ -1,12 +1,23 @@
-"""Which class fills each slot of the layer spec."""
+"""Which class fills each slot of the layer specs."""
 
+from dataclasses import fields
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from megacpt.config.architecture import Architecture, resolve_architecture
+from megacpt.config.check_engine import check_engine
+from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.model.build import slot_classes
-from tests.jobs import NEOX, NOTHING, Section, small_config, start
+from megacpt.errors import UserError
+from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config
+from megacpt.model.spec import Slots, layer_spec, slots
+from megacpt.runtime.engine import ENGINE, import_problem
+from megacpt.runtime.setup import Layout, setup
+from tests.jobs import NEOX, NOTHING, SHAPE, Section, small_config, start
 from tests.ranks import run_ranks
 
 LINEARS = "megatron.core.tensor_parallel.layers"
@@ -34,8 +45,8 @@ def classes(config: Config) -> tuple[list[dict[str, str]], list[str | None]]:
 def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Section, layer: str, norm: str):
     config = small_config(tmp_path, {**model, "pipeline_model_parallel_size": pipeline_parallel})
     results = run_ranks(classes, pipeline_parallel, config)
-    for slots, _ in results:
-        assert slots == [
+    for found, _ in results:
+        assert found == [
             {
                 "layer": layer,
                 "input_layernorm": f"{OURS}.{norm}",
@@ -48,3 +59,140 @@ def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Sect
             }
         ]
     assert [norms for _, norms in results] == [[None]] * (pipeline_parallel - 1) + [[f"{OURS}.{norm}"]]
+
+
+TE = "megatron.core.extensions.transformer_engine"
+PROBLEM = import_problem(ENGINE)
+needs_engine = pytest.mark.skipif(PROBLEM is not None, reason=f"{ENGINE} does not import here: {PROBLEM}")
+
+
+def small(model: Section = NOTHING) -> tuple[Config, Architecture]:
+    shape = dict(SHAPE) | {"hidden_size": 64, "ffn_hidden_size": 96, "num_query_groups": 4} | dict(model)
+    tree = {
+        "precision": {"dtype": "bf16"},
+        "model": shape,
+        "data": {"seq_length": 32, "sources": {"a": {"path": "a", "epochs": 1}}},
+        "train": {"global_batch_size": 8},
+        "optimizer": {"lr": 1e-3},
+        "save": {"dir": "unused"},
+    }
+    config = config_from(tree, "test")
+    return config, resolve_architecture(config.model, None)
+
+
+def test_the_engine_fills_its_slots_by_name() -> None:
+    """By name, for without the package megatron-core puts stand-ins there that are no classes."""
+    import megatron.core.extensions.transformer_engine as te
+
+    expected = {
+        "norm": "IdentityOp",
+        "final_norm": "TENorm",
+        "column": "TELayerNormColumnParallelLinear",
+        "row": "TERowParallelLinear",
+        "attention": "TEDotProductAttention",
+    }
+    found = slots(small()[1], engine=True)
+    assert {field.name for field in fields(Slots)} == expected.keys()
+    for slot, name in expected.items():
+        if name.startswith("TE"):
+            assert getattr(found, slot) is getattr(te, name)
+        else:
+            assert getattr(found, slot).__name__ == name
+    assert not layer_spec(small()[1], engine=True).submodules.sharded_state_dict_keys_map
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_megatron_core_accepts_what_the_check_accepts(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every combination of the FP8 keys: both refuse the same ones."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    for fp8, outer, first, last in product(("hybrid", "e4m3"), (False, True), (0, 1, 4, 5), (0, 5)):
+        config, architecture = small(
+            {
+                "fp8": fp8,
+                "fp8_recipe": recipe,
+                "first_last_layers_bf16": outer,
+                "num_layers_at_start_in_bf16": first,
+                "num_layers_at_end_in_bf16": last,
+            }
+        )
+        options = BuildOptions(torch.bfloat16, restart_positions=False, engine=True)
+        try:
+            check_engine(config, architecture, engine=True, on_gpu=True, bf16=True)
+        except UserError:
+            with pytest.raises(ValueError, match=r"BF16|bf16"):
+                transformer_config(architecture, config.model, options)
+            continue
+        made = transformer_config(architecture, config.model, options)
+        assert (made.fp8, made.fp8_recipe, made.first_last_layers_bf16) == (fp8, recipe, outer)
+
+
+def engine_model(model: Section) -> dict[str, Any]:
+    """Slots, checkpoint keys and shapes of both implementations, built on a CPU that passes for a GPU host."""
+    torch.manual_seed(0)
+    setup(Layout(1), 1, threads=1)
+    config, architecture = small(model)
+    found: dict[str, Any] = {}
+    for engine in (False, True):
+        torch.cuda.is_available = lambda answer=engine: answer
+        options = BuildOptions(torch.bfloat16, restart_positions=False, engine=engine)
+        made = transformer_config(architecture, config.model, options)
+        made.use_cpu_initialization = True
+        (chunk,) = build_chunks(architecture, config.model, made, options)
+        state = {
+            entry.key: tuple(entry.global_shape)
+            for entry in chunk.sharded_state_dict().values()
+            if "_extra_state" not in entry.key and hasattr(entry, "global_shape")
+        }
+        norm = type(chunk.decoder.final_layernorm)
+        found[str(engine)] = slot_classes(chunk), f"{norm.__module__}.{norm.__qualname__}", state
+        found[f"{engine} parameters"] = [tuple(p.shape) for p in chunk.parameters()]
+    return found
+
+
+@needs_engine
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_class_in_every_slot_of_the_engine(normalization: str) -> None:
+    (found,) = run_ranks(engine_model, 1, {"normalization": normalization})
+    classes_, norm, state = found["True"]
+    assert classes_ == {
+        "layer": MEGATRON_LAYER,
+        "input_layernorm": "megatron.core.transformer.identity_op.IdentityOp",
+        "linear_qkv": f"{TE}.TELayerNormColumnParallelLinear",
+        "core_attention": f"{TE}.TEDotProductAttention",
+        "linear_proj": f"{TE}.TERowParallelLinear",
+        "pre_mlp_layernorm": "megatron.core.transformer.identity_op.IdentityOp",
+        "linear_fc1": f"{TE}.TELayerNormColumnParallelLinear",
+        "linear_fc2": f"{TE}.TERowParallelLinear",
+    }
+    assert norm.startswith("transformer_engine.pytorch")
+    assert norm.endswith(normalization)
+    assert state == found["False"][2], "a checkpoint of one is a checkpoint of the other"
+
+
+@needs_engine
+def test_parameters_are_counted_in_the_order_of_the_engine() -> None:
+    from megacpt.train.memory import Setting, chunk_parameters
+
+    (found,) = run_ranks(engine_model, 1, {})
+    config, architecture = small()
+    setting = Setting(config, architecture, Layout(1), torch.bfloat16, on_gpu=True, engine=True)
+    expected = [p.numel for p in chunk_parameters(setting, 0, 0)]
+    assert [torch.Size(shape).numel() for shape in found["True parameters"]] == expected
+
+
+@needs_engine
+def test_fp8_recipes_are_the_package_s() -> None:
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    names = {
+        "delayed": "TEDelayedScaling",
+        "tensorwise": "Float8CurrentScaling",
+        "blockwise": "Float8BlockScaling",
+        "mxfp8": "MXFP8BlockScaling",
+    }
+    for recipe, name in names.items():
+        config, architecture = small({"fp8": "hybrid", "fp8_recipe": recipe})
+        made = transformer_config(architecture, config.model, BuildOptions(torch.bfloat16, False, engine=True))
+        assert type(get_fp8_recipe(made)).__name__ == name

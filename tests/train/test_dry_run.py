@@ -18,7 +18,8 @@ from megacpt.data.mixture.ledger import table
 from megacpt.data.tokens.indexed import write_dataset
 from megacpt.train.__main__ import main
 from megacpt.train.dry_run import evaluation_cost, flops, size
-from megacpt.train.memory import Setting, checkpoint_bytes, stage_state
+from megacpt.train.memory import checkpoint_bytes, stage_state
+from megacpt.train.peak import stage_peak
 from megacpt.train.plan import Plan, fingerprint
 from megacpt.train.planning import make_plan
 
@@ -97,7 +98,7 @@ def test_a_large_model_on_64_ranks_is_planned_by_one_small_process(config: Path)
     assert "70,553,706,496 parameters, bfloat16" in done.stdout
     assert "64 = TP 8 x PP 4 x DP 2, sequence parallel, distributed optimizer" in done.stdout
     plan = plan_of(config, *LARGE, world_size=64)
-    setting = Setting(plan.config, plan.architecture, plan.layout, plan.dtype)
+    setting = plan.setting
     for stage in range(4):
         (row,) = re.findall(rf"^{stage} +20 .*$", done.stdout, re.MULTILINE)
         state = stage_state(setting, stage)
@@ -115,6 +116,9 @@ def test_a_large_model_on_64_ranks_is_planned_by_one_small_process(config: Path)
         (["--dry-run", "--world-size", "0"], ["--world-size 0", "at least 1"]),
         (["--dry-run", "--world-size", "-2"], ["--world-size -2", "at least 1"]),
         (["--world-size", "2"], ["--world-size goes with --dry-run"]),
+        (["--device", "gpu"], ["--device goes with --dry-run"]),
+        (["model.transformer_impl=transformer_engine"], ["transformer_impl transformer_engine needs a GPU", "CPU"]),
+        (["--dry-run", "model.fp8=hybrid"], ["model.fp8 hybrid", "transformer_impl"]),
         (["--dry-run", "--world-size", "3"], ["global_batch_size 8", "data-parallel size 3"]),
         (
             [
@@ -175,6 +179,29 @@ def test_world_size_comes_from_torchrun_unless_given_and_one_rank_speaks(
     assert "8 = TP 1 x PP 1 x DP 8" in report("--world-size", "8")
     monkeypatch.setenv("RANK", "1")
     assert report() == ""
+
+
+def test_a_plan_is_for_the_device_that_is_here_or_named_or_needed(report: Callable[..., str]) -> None:
+    here = report()
+    assert "layers       local (on a CPU)" in here
+    assert "by pipeline stage, on a CPU" in here
+    assert "float32" in here
+    named = report("--device", "gpu", "model.transformer_impl=local", "precision.dtype=null")
+    assert "by pipeline stage, on a GPU" in named
+    assert "bfloat16" in named
+    needed = report("model.transformer_impl=transformer_engine", "model.fp8=hybrid", "precision.dtype=bf16")
+    assert "by pipeline stage, on a GPU" in needed
+    assert "fp8 hybrid, recipe delayed" in needed
+
+
+def test_the_table_adds_up_and_is_the_measured_arithmetic(config: Path, report: Callable[..., str]) -> None:
+    """The cells are those that tests/train/test_memory.py holds against what a CPU run allocates."""
+    text, setting = report(), plan_of(config).setting
+    state, held = stage_state(setting, 0), stage_peak(setting, 0)
+    (row,) = re.findall(r"^0 +\d.*$", text, re.MULTILINE)
+    amounts = (state.weights, state.gradients, state.optimizer, held.saved, held.logits, held.temporary)
+    cells = re.split(" {2,}", row)
+    assert cells[3:6] + cells[7:] == [*map(size, amounts), size(sum(amounts))]
 
 
 def test_overrides_stand_anywhere(report: Callable[..., str]) -> None:
@@ -241,7 +268,7 @@ def test_the_size_of_a_real_checkpoint_and_where_a_run_goes_on(config: Path, rep
     folder = config.parent / "run" / "checkpoints" / "iter_0000001"
     written = sum(path.stat().st_size for path in folder.glob("*.distcp"))
     plan = plan_of(config, "train.train_iters=1", *overrides)
-    expected = checkpoint_bytes(Setting(plan.config, plan.architecture, plan.layout, plan.dtype))
+    expected = checkpoint_bytes(plan.setting)
     assert expected <= written <= 1.02 * expected
     assert f"nothing to do: {folder} is the end of this plan" in report("train.train_iters=1", *overrides)
     text = report("train.train_iters=4", *overrides)

@@ -1,0 +1,221 @@
+"""Checks of the keys that need Transformer Engine, a GPU, or one another: FP8, overlap, context parallelism, state.
+
+Pure: whether the package and the card are there is asked in `megacpt.runtime.engine`.
+"""
+
+from collections.abc import Iterator
+
+from megacpt.config.architecture import Architecture
+from megacpt.config.tree import Config
+from megacpt.errors import UserError
+
+FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""Both dimensions of an FP8 matmul's operands are multiples of this."""
+
+
+def check_engine(config: Config, architecture: Architecture, *, engine: bool, on_gpu: bool, bf16: bool) -> None:
+    """Refuse combinations that cannot run, before anything is built.
+
+    Args:
+        engine: Transformer Engine's classes fill the layer's slots.
+        on_gpu: the run is one on GPUs.
+        bf16: the model's dtype.
+
+    Raises:
+        UserError: one sentence that names the keys.
+    """
+    problems = (
+        *_needs_engine(config, engine),
+        *_needs_gpu(config, on_gpu, engine),
+        *_layers(config, architecture, engine),
+        *_loss(config, bf16),
+        *_fp8(config, architecture, bf16),
+        *_context_parallel(config, architecture),
+        *_overlap(config),
+        *_optimizer(config, bf16),
+    )
+    if problems:
+        raise UserError(problems[0])
+
+
+def _needs_engine(config: Config, engine: bool) -> Iterator[str]:
+    """Keys that only Transformer Engine's layers know."""
+    if engine:
+        return
+    model = config.model
+    asked = {
+        f"fp8 {model.fp8}": model.fp8 is not None,
+        f"context_parallel_size {model.context_parallel_size}": model.context_parallel_size > 1,
+        "tp_comm_overlap": model.tp_comm_overlap,
+        f"attention_backend {model.attention_backend}": model.attention_backend != "auto",
+        "cross_entropy_fusion_impl te": model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te",
+    }
+    for name, given in asked.items():
+        if given:
+            yield (
+                f"model.{name} needs Transformer Engine's layers, and this run has the local ones; set "
+                f"model.transformer_impl to transformer_engine, or leave {name.split()[0]} out"
+            )
+
+
+def _needs_gpu(config: Config, on_gpu: bool, engine: bool) -> Iterator[str]:
+    if on_gpu:
+        return
+    model, optimizer = config.model, config.optimizer
+    asked = {
+        "model.transformer_impl transformer_engine": engine,
+        f"model.cuda_graph_impl {model.cuda_graph_impl}": model.cuda_graph_impl != "none",
+        "model.gradient_accumulation_fusion": model.gradient_accumulation_fusion,
+        "optimizer.use_precision_aware_optimizer": optimizer.use_precision_aware_optimizer,
+        "optimizer.optimizer_cpu_offload": optimizer.optimizer_cpu_offload,
+    }
+    for name, given in asked.items():
+        if given:
+            yield f"{name} needs a GPU, and this run is one on a CPU; leave it out, or plan with --dry-run --device gpu"
+
+
+def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterator[str]:
+    model = config.model
+    if engine and architecture.use_parallel_residual:
+        yield (
+            "model.transformer_impl transformer_engine has no parallel residual (its norms are inside the linear "
+            "layers); set it to local for this model"
+        )
+    if model.cuda_graph_impl != "none" and model.recompute_granularity == "full":
+        yield "model.cuda_graph_impl local cannot capture full recomputation; set recompute_granularity to selective"
+    if model.cuda_graph_impl != "none" and config.data.reset_attention_mask:
+        yield (
+            "model.cuda_graph_impl local replays fixed shapes, and data.reset_attention_mask packs documents of any "
+            "length; set one of them only"
+        )
+
+
+def _loss(config: Config, bf16: bool) -> Iterator[str]:
+    model = config.model
+    if model.cross_entropy_fusion_impl == "te" and not model.cross_entropy_loss_fusion:
+        yield "model.cross_entropy_fusion_impl te does nothing without cross_entropy_loss_fusion; set both or neither"
+    if model.cross_entropy_loss_fusion and not bf16:
+        yield (
+            "model.cross_entropy_loss_fusion rounds the gradient of the logits to bf16, and this model is in fp32; "
+            "leave it out"
+        )
+
+
+def _fp8(config: Config, architecture: Architecture, bf16: bool) -> Iterator[str]:
+    model = config.model
+    if model.fp8 is None:
+        if model.first_last_layers_bf16:
+            yield "model.first_last_layers_bf16 is about layers in FP8, and model.fp8 is null; set both or neither"
+        return
+    if not bf16:
+        yield f"model.fp8 {model.fp8} needs precision.dtype bf16; set it, or model.fp8 to null"
+    if model.fp8_recipe == "delayed" and model.first_last_layers_bf16:
+        yield (
+            "model.first_last_layers_bf16 does not go with fp8_recipe delayed, whose maxima are reduced once for all "
+            "layers; choose tensorwise, blockwise or mxfp8"
+        )
+    stage_layers = architecture.num_layers // model.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        count = getattr(model, name)
+        if model.first_last_layers_bf16 and count > stage_layers:
+            yield f"model.{name} {count} is more than the {stage_layers} layers of a pipeline stage; lower it"
+    yield from _fp8_shapes(config, architecture)
+
+
+def _fp8_shapes(config: Config, architecture: Architecture) -> Iterator[str]:
+    model, data = config.model, config.data
+    tp = model.tensor_model_parallel_size
+    shards = model.context_parallel_size * (tp if model.sequence_parallel else 1)
+    sizes = {
+        "model.hidden_size": architecture.hidden_size,
+        f"model.ffn_hidden_size / TP {tp}": architecture.ffn_hidden_size // tp,
+        f"rows of queries, keys and values / TP {tp}": architecture.qkv_size // tp,
+        f"kv_channels x num_attention_heads / TP {tp}": architecture.kv_channels
+        * architecture.num_attention_heads
+        // tp,
+        "tokens of a micro-batch on a rank (micro_batch_size x seq_length / CP / TP of sequence parallelism)": (
+            config.train.micro_batch_size * data.seq_length // shards
+        ),
+    }
+    unit = FP8_ALIGNMENT[model.fp8_recipe]
+    for name, size in sizes.items():
+        if size % unit:
+            yield f"model.fp8_recipe {model.fp8_recipe} needs multiples of {unit}, but {name} is {size}; change it"
+
+
+def _context_parallel(config: Config, architecture: Architecture) -> Iterator[str]:
+    model, data = config.model, config.data
+    cp, tp = model.context_parallel_size, model.tensor_model_parallel_size
+    if cp == 1:
+        if model.cp_comm_type is not None:
+            yield "model.cp_comm_type does nothing at model.context_parallel_size 1; raise that or drop it"
+        return
+    if data.seq_length % (2 * cp * (tp if model.sequence_parallel else 1)):
+        yield (
+            f"model.context_parallel_size {cp} cuts a sequence into {2 * cp} chunks (x TP with sequence_parallel), but "
+            f"data.seq_length {data.seq_length} is not divisible; choose a multiple"
+        )
+    if data.reset_attention_mask:
+        yield (
+            "data.reset_attention_mask does not go with model.context_parallel_size > 1 here: documents would have to "
+            "be padded to multiples of 2 x CP; unset one of them"
+        )
+    probe, update = config.diagnostics.gradient_probe, config.diagnostics.weight_update
+    if config.eval.tasks or any((probe.at, probe.every, update.at, update.every)):
+        yield (
+            "eval.tasks and diagnostics do not know of ranks that share a sequence (model.context_parallel_size > 1); "
+            "leave them out, or run tools/evaluate.py at context_parallel_size 1"
+        )
+    if config.init.hf is not None and config.init.gate:
+        yield (
+            "init.hf compares whole sequences with transformers, which model.context_parallel_size > 1 cuts; import "
+            "with tools/convert.py and start with init.checkpoint, or set init.gate to false"
+        )
+    groups = architecture.num_query_groups // tp
+    if model.cp_comm_type == "a2a" and (groups == 0 or groups % cp):
+        yield (
+            f"model.cp_comm_type a2a deals heads to {cp} ranks, but a rank has {groups} of num_query_groups; choose "
+            "p2p or all_gather"
+        )
+
+
+def _overlap(config: Config) -> Iterator[str]:
+    model, optimizer = config.model, config.optimizer
+    if model.tp_comm_overlap and not model.sequence_parallel:
+        yield (
+            "model.tp_comm_overlap overlaps the gathers and scatters of sequence parallelism; set "
+            "model.sequence_parallel (and tensor_model_parallel_size > 1), or leave it out"
+        )
+    if model.tp_comm_overlap and config.data.reset_attention_mask and config.train.micro_batch_size > 1:
+        yield (
+            "model.tp_comm_overlap has buffers of seq_length rows, and data.reset_attention_mask packs a micro-batch "
+            "into one row; set train.micro_batch_size to 1 or leave one of them out"
+        )
+    if optimizer.overlap_cpu_optimizer_d2h_h2d and not optimizer.optimizer_cpu_offload:
+        yield "optimizer.overlap_cpu_optimizer_d2h_h2d belongs to optimizer_cpu_offload; set both or neither"
+
+
+def _optimizer(config: Config, bf16: bool) -> Iterator[str]:
+    optimizer = config.optimizer
+    small = [name for name in ("exp_avg_dtype", "exp_avg_sq_dtype") if getattr(optimizer, name) != "fp32"]
+    if small and not optimizer.use_precision_aware_optimizer:
+        yield (
+            f"optimizer.{small[0]} {getattr(optimizer, small[0])} needs optimizer.use_precision_aware_optimizer; set "
+            "it, or keep fp32"
+        )
+    if optimizer.optimizer_cpu_offload and not optimizer.use_precision_aware_optimizer:
+        yield "optimizer.optimizer_cpu_offload needs optimizer.use_precision_aware_optimizer; set both or neither"
+    if optimizer.optimizer_cpu_offload and small:
+        yield (
+            f"optimizer.{small[0]} {getattr(optimizer, small[0])} does not go with optimizer_cpu_offload: the CPU's "
+            "AdamW keeps fp32 moments; choose one of them"
+        )
+    if not optimizer.optimizer_cpu_offload and optimizer.optimizer_offload_fraction != 1.0:
+        yield "optimizer.optimizer_offload_fraction belongs to optimizer.optimizer_cpu_offload; set both or neither"
+    if optimizer.use_precision_aware_optimizer and not optimizer.use_distributed_optimizer:
+        yield (
+            "optimizer.use_precision_aware_optimizer needs optimizer.use_distributed_optimizer (at any number of "
+            "ranks); set both or neither"
+        )
+    if optimizer.use_precision_aware_optimizer and not bf16:
+        yield "optimizer.use_precision_aware_optimizer needs precision.dtype bf16; set it or leave the optimizer plain"

@@ -1,0 +1,158 @@
+"""The most memory that a rank's step holds at once: what waits for its backward, and what a moment needs beside it.
+
+Three moments can be that peak, and each is worked out (local layer, per micro-batch; a name such as F is what stands
+beside it in `megacpt.train.activations`, dW the gradient of a weight before it is added to the gradient buffer):
+
+- *Loss.* The schedule is full on the last stage and the loss goes backward: a copy of the logits' gradient where
+  vocabulary padding is masked, or the gradient, dW of the output layer and the gradient of its input.
+- *Layer.* The first layer of a backward pass: the incoming gradient, and the largest of
+  fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed.
+  With full recomputation the unit that is computed again is there too.
+- *Embedding.* The first stage ends a backward pass: one micro-batch's activations are free, dW of the table is there.
+
+The optimizer's own temporaries are smaller unless a micro-batch is tiny, and are a fourth candidate: torch's AdamW on a
+CPU makes two fp32 copies of the largest parameter; with bf16 gradients there is an fp32 copy of all of them.
+"""
+
+from dataclasses import dataclass
+
+from megacpt.train.activations import (
+    chunk_bytes,
+    full_stream_bytes,
+    head_bytes,
+    logits_bytes,
+    mlp_bytes,
+    recomputed_bytes,
+    stream_bytes,
+)
+from megacpt.train.layer_memory import tokens_of
+from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
+
+GATHER_BUFFER = 1
+"""Full sequences that megatron-core's linear layers keep between calls under sequence parallelism."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes on a rank of one pipeline stage, beside weights, gradients and optimizer state.
+
+    Attributes:
+        in_flight: most chunk forwards (without virtual stages: micro-batches) that wait for their backward at once.
+        saved: kept for the backward of those, and the largest unit computed again.
+        logits: logits and loss of one micro-batch, on the last stage.
+        temporary: what the largest moment needs beside these two.
+    """
+
+    in_flight: int
+    saved: int
+    logits: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of it."""
+        return self.saved + self.logits + self.temporary
+
+
+def stage_peak(setting: Setting, stage: int) -> Peak:
+    """Peak of a step on a rank of `stage`."""
+    costs = [chunk_bytes(setting, stage, chunk) for chunk in range(setting.chunks)]
+    first = costs[0]
+    again = max(recomputed_bytes(setting, stage, chunk) for chunk in range(setting.chunks))
+    last = setting.is_last(stage, setting.chunks - 1)
+    logits = logits_bytes(setting) if last else 0
+    costs[-1] += logits
+    held = peak(setting, stage, costs) - logits
+    # The loss and the final norm have gone backward, and their memory is free, before a layer is computed again.
+    head = head_bytes(setting) if last else 0
+    saved = held + max(0, again - logits - head)
+    moments = [held + logits + _loss(setting)] if last else []
+    moments.append(held - head + again + _layer(setting, stage))
+    if stage == 0:
+        moments.append(held - first + stream_bytes(setting) + _largest_table(setting))
+    moments.append(_optimizer(setting, stage))
+    moment = max(moments) + _between(setting, stage)
+    return Peak(peak(setting, stage, [1] * setting.chunks), saved, logits, max(0, moment - saved - logits))
+
+
+def warm_up(setting: Setting, stage: int) -> int:
+    """Chunk forwards of a rank before its first backward.
+
+    1F1B runs PP - stage - 1, the interleaved schedule 2 (PP - stage - 1) + (VP - 1) PP
+    (`megatron.core.pipeline_parallel.schedules.get_pp_rank_microbatches`), at most all there are.
+    """
+    pipeline, chunks = setting.layout.pipeline, setting.chunks
+    behind = pipeline - stage - 1
+    count = behind if setting.layout.virtual is None else 2 * behind + (chunks - 1) * pipeline
+    return min(count, setting.micro_batches * chunks)
+
+
+def peak(setting: Setting, stage: int, costs: list[int]) -> int:
+    """The most that is held at once, where a forward of chunk c holds costs[c] until its backward.
+
+    Plays the schedule: chunks go forward in rounds of PP micro-batches each, backward in the same rounds from the last
+    chunk on; after the warm-up one forward and one backward alternate.
+    """
+    pipeline, chunks = setting.layout.pipeline, setting.chunks
+    warm, held, most = warm_up(setting, stage), 0, 0
+    for k in range(min(setting.micro_batches * chunks, warm + 2 * pipeline * chunks)):
+        held += costs[k // pipeline % chunks]
+        most = max(most, held)
+        if k >= warm:
+            held -= costs[chunks - 1 - (k - warm) // pipeline % chunks]
+    return most
+
+
+def _loss(setting: Setting) -> int:
+    """Beside logits and softmax while the loss goes backward."""
+    shape, item = setting.architecture, setting.dtype.itemsize
+    gradient = tokens_of(setting) * setting.vocabulary_rows * item
+    padded = setting.vocabulary_rows * setting.layout.tensor > shape.vocab_size
+    # In bf16 the fp32 softmax is free when the gradient is copied.
+    copy = gradient if padded and item == FP32 else 0
+    weight = setting.vocabulary_rows * shape.hidden_size * item
+    return max(copy, gradient + weight + full_stream_bytes(setting) - logits_bytes(setting))
+
+
+def _layer(setting: Setting, stage: int) -> int:
+    """The largest excess of a layer's backward over what it saved."""
+    shape, item, tp = setting.architecture, setting.dtype.itemsize, setting.layout.tensor
+    trains = any(setting.trains(n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))
+    fused = setting.config.model.gradient_accumulation_fusion
+    weight = shape.hidden_size * shape.ffn_hidden_size // tp * item if trains and not fused else 0
+    wide, full = mlp_bytes(setting), full_stream_bytes(setting)
+    freed = wide if trains else 0
+    widths = 2 if shape.swiglu else 1
+    fc2 = wide + weight
+    activation = (1 + widths) * wide - freed
+    fc1 = widths * wide + full + widths * weight - freed - (4 if shape.swiglu else 1) * wide
+    return stream_bytes(setting) + max(fc2, activation, fc1)
+
+
+def _largest_table(setting: Setting) -> int:
+    """The embedding's gradient."""
+    return setting.vocabulary_rows * setting.architecture.hidden_size * setting.dtype.itemsize
+
+
+def _optimizer(setting: Setting, stage: int) -> int:
+    """What an update makes for itself; Transformer Engine's AdamW reads gradients as they are."""
+    if setting.config.optimizer.use_precision_aware_optimizer:
+        return 0
+    parameters = [p for chunk in range(setting.chunks) for p in chunk_parameters(setting, stage, chunk) if p.trains]
+    copies = 0
+    if setting.dtype.itemsize < FP32 and not setting.config.precision.grad_reduce_in_fp32:
+        copies = stage_state(setting, stage).gradients // setting.dtype.itemsize * FP32
+    largest = max((p.numel for p in parameters), default=0)
+    share = setting.layout.data if setting.config.optimizer.use_distributed_optimizer else 1
+    return copies // share + (0 if setting.on_gpu else 2 * FP32 * largest // share)
+
+
+def _between(setting: Setting, stage: int) -> int:
+    """What is there between micro-batches: tensors on their way to a neighbour, sequences gathered over TP."""
+    sent = 0
+    if setting.layout.virtual is not None:
+        sent = (2 if stage == 0 else 4) * stream_bytes(setting)
+    elif stage > 0 and setting.micro_batches > warm_up(setting, stage) + 1:
+        sent = stream_bytes(setting)
+    gathered = full_stream_bytes(setting) * GATHER_BUFFER if setting.config.model.sequence_parallel else 0
+    return sent + gathered
