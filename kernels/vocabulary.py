@@ -20,6 +20,8 @@ import triton.language as tl
 from megacpt_kernels.dispatch import runs_triton
 from megacpt_kernels.launch import Launch, launch_for
 
+SLICE_BYTES = 1 << 20
+"""Logits that a reference works on at a time."""
 LOWEST = -3.0e38
 """Start of a maximum: finite, so that a difference of two is 0, and below every logit that counts."""
 
@@ -154,10 +156,17 @@ def _gradient_kernel(
         tl.store(logits_ptr + column, gradient, mask=column < columns)
 
 
+def _slices(logits: torch.Tensor) -> list[slice]:
+    """Rows in parts of about SLICE_BYTES of fp32, at least one part: a reference's copies stay in the cache."""
+    rows = max(1, SLICE_BYTES // (4 * max(1, logits.shape[1])))
+    return [slice(start, start + rows) for start in range(0, max(1, logits.shape[0]), rows)]
+
+
 def statistics(logits: torch.Tensor, targets: torch.Tensor, shard: Shard, launch: Launch | None = None) -> torch.Tensor:
     """[rows, columns] logits and [rows] targets to [3, rows] fp32: maximum, sum of exp, target's logit or -inf."""
     if not runs_triton(logits, targets):
-        return statistics_reference(logits, targets, shard)
+        parts = [statistics_reference(logits[part], targets[part], shard) for part in _slices(logits)]
+        return torch.cat(parts, 1)
     rows = logits.shape[0]
     result = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     launch = launch or launch_for("cross_entropy_statistics", shard.columns, logits.element_size(), logits.device)
@@ -181,13 +190,14 @@ def statistics(logits: torch.Tensor, targets: torch.Tensor, shard: Shard, launch
 
 def statistics_reference(logits: torch.Tensor, targets: torch.Tensor, shard: Shard) -> torch.Tensor:
     """`statistics` in torch."""
-    wide = logits[:, : shard.real].float()
-    highest = wide.amax(1) if shard.real else wide.new_full((logits.shape[0],), LOWEST)
+    real = logits[:, : shard.real]
+    highest = real.amax(1).float() if shard.real else torch.full(logits.shape[:1], LOWEST, device=logits.device)
     target = targets.long() - shard.first
-    held = (target >= 0) & (target < shard.real)
+    (held,) = torch.where((target >= 0) & (target < shard.real))
     wanted = torch.full_like(highest, -torch.inf)
-    wanted[held] = wide[held].gather(1, target[held, None])[:, 0]
-    return torch.stack((highest, (wide - highest[:, None]).exp().sum(1), wanted))
+    wanted[held] = real[held, target[held]].float()
+    # bf16 minus fp32 is fp32, without a copy of the logits.
+    return torch.stack((highest, (real - highest[:, None]).exp_().sum(1), wanted))
 
 
 def gather(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -244,7 +254,11 @@ def logit_gradient_(
 ) -> None:
     """Write (softmax - onehot) * upstream over [rows, columns] logits; 0 in padding and in rows of upstream 0."""
     if not runs_triton(logits, targets):
-        logits.copy_(logit_gradient_reference(logits, targets, normaliser, upstream, shard))
+        for part in _slices(logits):
+            found = logit_gradient_reference(logits[part], targets[part], normaliser[part], upstream[part], shard)
+            logits[part, : shard.real] = found
+            logits[part, shard.real :] = 0.0
+            del found
         return
     launch = launch or launch_for("cross_entropy_gradient", shard.columns, logits.element_size(), logits.device)
     blocks = triton.cdiv(shard.columns, launch.block)
@@ -267,9 +281,11 @@ def logit_gradient_(
 def logit_gradient_reference(
     logits: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, upstream: torch.Tensor, shard: Shard
 ) -> torch.Tensor:
-    """What `logit_gradient_` writes, in torch, fp32."""
-    gradient = (logits.float() - normaliser[:, None]).exp()
-    token = torch.arange(shard.columns, device=logits.device)
-    gradient -= ((targets.long() - shard.first)[:, None] == token).float()
-    counted = (upstream != 0)[:, None] & (token < shard.real)
-    return torch.where(counted, gradient * upstream[:, None], 0.0)
+    """What `logit_gradient_` writes to the columns that are tokens, in torch, fp32."""
+    gradient = (logits[:, : shard.real] - normaliser[:, None]).exp_()
+    target = targets.long() - shard.first
+    (held,) = torch.where((target >= 0) & (target < shard.real))
+    gradient[held, target[held]] -= 1.0
+    gradient *= upstream[:, None]
+    gradient[upstream == 0] = 0.0
+    return gradient

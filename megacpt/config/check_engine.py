@@ -94,10 +94,10 @@ def _loss(config: Config, bf16: bool) -> Iterator[str]:
     model = config.model
     if model.cross_entropy_fusion_impl == "te" and not model.cross_entropy_loss_fusion:
         yield "model.cross_entropy_fusion_impl te does nothing without cross_entropy_loss_fusion; set both or neither"
-    if model.cross_entropy_loss_fusion and not bf16:
+    if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl in ("native", "te") and not bf16:
         yield (
-            "model.cross_entropy_loss_fusion rounds the gradient of the logits to bf16, and this model is in fp32; "
-            "leave it out"
+            f"model.cross_entropy_fusion_impl {model.cross_entropy_fusion_impl} rounds the gradient of the logits to "
+            "bf16, and this model is in fp32; leave it out"
         )
 
 

@@ -128,9 +128,13 @@ class Model(Section):
     gradient_accumulation_fusion: bool = Field(
         False, description="weight gradients are added to the gradient buffer by the matmul itself"
     )
-    cross_entropy_loss_fusion: bool = Field(False, description="a fused cross-entropy in place of the plain one")
-    cross_entropy_fusion_impl: Literal["native", "te"] = Field(
-        "native", description="which one: megatron-core's or Transformer Engine's"
+    cross_entropy_loss_fusion: bool = Field(
+        True, description="a fused cross-entropy; false: megatron-core's plain one, with an fp32 copy of the logits"
+    )
+    cross_entropy_fusion_impl: Literal["megacpt", "linear", "native", "te"] = Field(
+        "megacpt",
+        description="ours, with the gradient written over the logits; ours through the output layer, in chunks of "
+        "tokens, so that full logits never exist; megatron-core's; or Transformer Engine's",
     )
     cuda_graph_impl: Literal["none", "local"] = Field(
         "none", description="local: megatron-core captures each layer's forward and backward as CUDA graphs"
@@ -145,6 +149,14 @@ class Model(Section):
     recompute_num_layers: PositiveInt | None = Field(
         None, description="with full: layers per unit (uniform) or in all (block)"
     )
+
+    @property
+    def own_loss(self) -> Literal["megacpt", "linear"] | None:
+        """Which of our two cross-entropies the model has; None for another's."""
+        implementation = self.cross_entropy_fusion_impl
+        if self.cross_entropy_loss_fusion and (implementation == "megacpt" or implementation == "linear"):
+            return implementation
+        return None
 
 
 class Source(Section):

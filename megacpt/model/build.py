@@ -61,8 +61,8 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         sequence_parallel=model.sequence_parallel,
         cp_comm_type=model.cp_comm_type or ("p2p" if model.context_parallel_size > 1 else None),
         tp_comm_overlap=model.tp_comm_overlap,
-        cross_entropy_loss_fusion=model.cross_entropy_loss_fusion,
-        cross_entropy_fusion_impl=model.cross_entropy_fusion_impl,
+        cross_entropy_loss_fusion=model.cross_entropy_loss_fusion and model.own_loss is None,
+        cross_entropy_fusion_impl="te" if model.cross_entropy_fusion_impl == "te" else "native",
         cuda_graph_impl=model.cuda_graph_impl,
         cuda_graph_modules=[],
         recompute_granularity=model.recompute_granularity,
@@ -122,6 +122,7 @@ def build_chunks(
             config,
             options.restart_positions,
             options.engine,
+            model.own_loss,
             transformer_layer_spec=block_spec(
                 architecture, get_num_layers_to_build(config, vp_stage=vp_stage), engine=options.engine
             ),

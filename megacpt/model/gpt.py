@@ -6,10 +6,14 @@ This is the only file that names GPTModel (megatron-core announces HybridModel a
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
+from megacpt_kernels.cross_entropy import vocab_parallel_cross_entropy
+from megacpt_kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy
 
 
 class LanguageModel(GPTModel):
@@ -25,6 +29,7 @@ class LanguageModel(GPTModel):
         config: TransformerConfig,
         restart_positions: bool,
         engine: bool = False,
+        own_loss: str | None = None,
         **kwargs: Any,
     ) -> None:
         scaling = architecture.rope_scaling_factor
@@ -41,6 +46,8 @@ class LanguageModel(GPTModel):
         )
         self.engine = engine
         """Whether Transformer Engine's classes fill the slots: documents by `packed_seq_params`, no other masks."""
+        self.own_loss = own_loss
+        """Our cross-entropy in the place of megatron-core's: "megacpt", or "linear" without whole logits; or None."""
         self.restart_positions = restart_positions and not engine
         self.some_layers_frozen = False
         """Whether any layer, here or on another stage, has no optimizer state."""
@@ -58,8 +65,38 @@ class LanguageModel(GPTModel):
         return (hidden, phases_S11D[position_ids.t(), 0], *rest)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy per token, [b, s] fp32, from vocabulary-parallel logits [s, b, v/TP], padding excluded."""
-        return super().compute_language_model_loss(labels, self.mask_padding(logits))
+        """Cross-entropy per token, [b, s] fp32, from vocabulary-parallel logits [s, b, v/TP], padding excluded.
+
+        Ours writes the logits' gradient over them in backward, megatron-core's its own copy's in forward.
+        """
+        if self.own_loss is None:
+            return super().compute_language_model_loss(labels, self.mask_padding(logits))
+        return vocab_parallel_cross_entropy(
+            logits, labels.t(), real_rows=self.real_rows, group=self._vocabulary_group()
+        ).t()
+
+    def _vocabulary_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the vocabulary; None where this one has it all."""
+        group = self.pg_collection.tp
+        return group if group.size() > 1 else None
+
+    def _loss_of_hidden(
+        self, *, hidden_states: torch.Tensor, labels: torch.Tensor, output_weight: torch.Tensor | None, **_: Any
+    ) -> torch.Tensor:
+        """In the place of megatron-core's output head: losses [b, s] of hidden states [s, b, h], a chunk at a time."""
+        parallel = self.config.sequence_parallel
+        if parallel:
+            # Its backward scatters the sum over ranks, which the loss then leaves to it.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        options = HeadOptions(reduce_hidden_grad=not parallel, fuse_main_grad=self.config.gradient_accumulation_fusion)
+        return linear_cross_entropy(
+            hidden_states,
+            self.output_layer.weight if output_weight is None else output_weight,
+            labels.t(),
+            real_rows=self.real_rows,
+            group=self._vocabulary_group(),
+            options=options,
+        ).t()
 
     def forward(
         self,
@@ -75,6 +112,8 @@ class LanguageModel(GPTModel):
         """
         # Its attention is told "causal" and would ignore a mask.
         assert attention_mask is None or not self.engine, "Transformer Engine's attention takes no mask here"
+        if self.own_loss == "linear" and labels is not None and kwargs.get("output_processor") is None:
+            kwargs["output_processor"] = self._loss_of_hidden
         output = super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
         is_logits = self.post_process and labels is None and kwargs.get("output_processor") is None
         return self.mask_padding(output) if is_logits else output

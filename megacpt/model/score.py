@@ -90,7 +90,7 @@ def _losses_and_hits(real_rows: int, *, hidden_states: torch.Tensor, labels: tor
     logits_SBV, _ = head["output_layer"](
         hidden_states, weight=head["output_weight"], runtime_gather_output=head["runtime_gather_output"]
     )
-    # First, for the loss overwrites the logits.
+    # First, for megatron-core's loss overwrites the logits.
     hits = likeliest_tokens(logits_SBV, real_rows).t() == labels
     losses = head["compute_language_model_loss"](labels, logits_SBV)
     return torch.stack([losses, hits.to(losses.dtype)])

@@ -3,8 +3,9 @@
 Three moments can be that peak, and each is worked out (local layer, per micro-batch; a name such as F is what stands
 beside it in `megacpt.train.activations`, dW the gradient of a weight before it is added to the gradient buffer):
 
-- *Loss.* The schedule is full on the last stage and the loss goes backward: a copy of the logits' gradient where
-  vocabulary padding is masked, or the gradient, dW of the output layer and the gradient of its input.
+- *Loss.* The schedule is full on the last stage and the loss goes backward: dW of the output layer and the gradient of
+  its input beside the logits' gradient, which ours writes over the logits; megatron-core's copies it where vocabulary
+  padding is masked.
 - *Layer.* The first layer of a backward pass: the incoming gradient, and the largest of
   fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed.
   With full recomputation the unit that is computed again is there too.
@@ -27,6 +28,8 @@ from megacpt.train.activations import (
 )
 from megacpt.train.layer_memory import tokens_of
 from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
+from megacpt_kernels.linear_cross_entropy import HeadOptions
+from megacpt_kernels.vocabulary import SLICE_BYTES
 
 GATHER_BUFFER = 1
 """Full sequences that megatron-core's linear layers keep between calls under sequence parallelism."""
@@ -106,12 +109,30 @@ def peak(setting: Setting, stage: int, costs: list[int]) -> int:
 def _loss(setting: Setting) -> int:
     """Beside logits and softmax while the loss goes backward."""
     shape, item = setting.architecture, setting.dtype.itemsize
+    own = setting.config.model.own_loss
+    if own is not None:
+        return _own_loss(setting, own)
     gradient = tokens_of(setting) * setting.vocabulary_rows * item
     padded = setting.vocabulary_rows * setting.layout.tensor > shape.vocab_size
     # In bf16 the fp32 softmax is free when the gradient is copied.
     copy = gradient if padded and item == FP32 else 0
     weight = setting.vocabulary_rows * shape.hidden_size * item
     return max(copy, gradient + weight + full_stream_bytes(setting) - logits_bytes(setting))
+
+
+def _own_loss(setting: Setting, own: str) -> int:
+    """Beside logits, or a chunk of them, that turn into their gradient."""
+    item, hidden, tokens = setting.dtype.itemsize, setting.architecture.hidden_size, tokens_of(setting)
+    table, stream = setting.vocabulary_rows * hidden, full_stream_bytes(setting)
+    # A reference's copies; a GPU's kernels make none.
+    copies = 0 if setting.on_gpu else min(SLICE_BYTES, tokens * setting.vocabulary_rows * FP32)
+    if own == "megacpt":
+        return max(copies, table * item + stream)
+    chunk = min(HeadOptions().chunk_bytes, tokens * setting.vocabulary_rows * item)
+    if item < FP32 and not setting.on_gpu:
+        copies = max(copies, chunk // item * FP32 + tokens * hidden * FP32)
+    # Chunks' weight gradients add up in fp32, and are rounded to the weight's dtype at the end.
+    return stream + max(chunk + copies + table * FP32, table * (FP32 + (item if item < FP32 else 0)))
 
 
 def _layer(setting: Setting, stage: int) -> int:

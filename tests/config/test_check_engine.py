@@ -128,7 +128,10 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
             ["cuda_graph_impl local", "selective"],
         ),
         ({"model": {"cuda_graph_impl": "local"}, "data": DOCUMENTS}, ["cuda_graph_impl", "reset_attention_mask"]),
-        ({"model": {"cross_entropy_fusion_impl": "te"}}, ["cross_entropy_loss_fusion"]),
+        (
+            {"model": {"cross_entropy_loss_fusion": False, "cross_entropy_fusion_impl": "te"}},
+            ["cross_entropy_loss_fusion"],
+        ),
         ({"model": {"recompute_modules": ["mlp"]}}, ["recompute_modules", "selective"]),
         ({"optimizer": {"exp_avg_dtype": "bf16"}}, ["exp_avg_dtype bf16", "use_precision_aware_optimizer"]),
         ({"optimizer": {"use_precision_aware_optimizer": True}}, ["use_distributed_optimizer"]),
@@ -158,8 +161,8 @@ def test_precision() -> None:
         check(bf16=False, model={"fp8": "hybrid"})
     with pytest.raises(UserError, match=r"needs precision\.dtype bf16"):
         check(bf16=False, optimizer=PRECISE)
-    with pytest.raises(UserError, match="cross_entropy_loss_fusion rounds"):
-        check(bf16=False, model={"cross_entropy_loss_fusion": True})
+    with pytest.raises(UserError, match="cross_entropy_fusion_impl native rounds"):
+        check(bf16=False, model={"cross_entropy_fusion_impl": "native"})
 
 
 @pytest.mark.parametrize(
