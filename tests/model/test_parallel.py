@@ -103,3 +103,23 @@ def test_vocabulary_padded_differently(folder: Path):
     """1,024 rows at TP 1, 1,152 at TP 3, in embeddings that are also the output layer."""
     heads = {"num_attention_heads": 6, "num_query_groups": 3, "kv_channels": 8}
     check(folder, 3, {"vocab_size": 1003, "untie_embeddings_and_output_weights": False, **heads}, {TP: 3})
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(1, {}, id="one"),
+        pytest.param(2, {TP: 2}, id="tp2"),
+        pytest.param(2, SP, id="tp2-sp"),
+        pytest.param(4, {PP: 2, **SP}, id="tp2-pp2-sp"),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_loss_of_hidden_states(folder: Path, world: int, layout: Section, tied: bool):
+    """Without whole logits the steps are those of the loss over logits; padding is the second rank's."""
+    model = {"vocab_size": 1000, "untie_embeddings_and_output_weights": not tied}
+    check(folder, world, model, {**layout, "cross_entropy_fusion_impl": "linear"})
+
+
+def test_the_loss_is_megatron_cores(folder: Path):
+    check(folder, 2, {"vocab_size": 1000}, {TP: 2, "cross_entropy_loss_fusion": False})
