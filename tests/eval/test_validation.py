@@ -70,14 +70,15 @@ def test_every_target_counts_once_in_any_batch_and_layout(corpora: Path) -> None
             assert result[name][0] == pytest.approx(results[0][name][0], rel=1e-6)
 
 
-def accuracy_of_set(tree: tiny.Tree) -> tuple[Validation, np.ndarray]:
-    """What the live model says of the set "held_out", and the tokens of its samples."""
+def accuracy_of_set(tree: tiny.Tree) -> tuple[Validation, np.ndarray, np.ndarray]:
+    """What the live model says of the set "held_out", and of its samples the tokens, and which targets count."""
     from megacpt.eval.validation import evaluate
 
     job = start(config_from(tree, "test"))
     eval_set = job.plan.eval_sets["held_out"]
     found = evaluate(job.wrapped, eval_set, job.batch_layout, job.plan.mixture.seq_length, documents=False)
-    return found, np.stack([eval_set.sample(k).tokens for k in range(len(eval_set))])
+    samples = [eval_set.sample(k) for k in range(len(eval_set))]
+    return found, np.stack([sample.tokens for sample in samples]), np.stack([sample.valid for sample in samples])
 
 
 def test_accuracy_is_that_of_transformers(tmp_path: Path) -> None:
@@ -102,14 +103,13 @@ def test_accuracy_is_that_of_transformers(tmp_path: Path) -> None:
     results: dict[str, Validation] = {}
     for name, (world, layout) in layouts.items():
         ranks = run_ranks(accuracy_of_set, world, tree | {"model": layout["model"]})
-        assert all(np.array_equal(found.samples, ranks[0][0].samples) for found, _ in ranks)
-        results[name], tokens = ranks[0]
+        assert all(np.array_equal(found.samples, ranks[0][0].samples) for found, *_ in ranks)
+        results[name], tokens, counted = ranks[0]
 
     inputs, targets = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
     logits = transformers_logits(tmp_path / "model", inputs)
-    valid = torch.zeros_like(targets, dtype=torch.bool).flatten()
-    valid[: IndexedDataset(tmp_path / "held_out").tokens - 1] = True
-    valid = valid.view_as(targets)
+    valid = torch.from_numpy(counted)
+    assert valid.sum() == IndexedDataset(tmp_path / "held_out").tokens - 1
     hits = ((logits.argmax(-1) == targets) & valid).sum(1)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     for result in results.values():

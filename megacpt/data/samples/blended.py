@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megacpt.data.keyed import bijection, seeded_key
 from megacpt.data.mixture.mixture import Mixture
 from megacpt.data.mixture.order import PassOrder, samples_per_pass, shuffled_pass
 from megacpt.data.subset.subset import open_subset
@@ -174,7 +175,10 @@ class BlendedDataset:
 
 
 class EvalSet:
-    """The first `limit` samples of one seeded pass over a held-out corpus, or all of it: the same through a whole run.
+    """`limit` samples of one seeded pass over a held-out corpus, or all of it: the same through a whole run.
+
+    They are drawn from all of the pass: neighbours in it are of one document where documents are long. A larger limit
+    begins with the samples of a smaller one.
 
     Samples beyond the set are padding without a single target, so that batches of any size can read to its end.
 
@@ -190,6 +194,7 @@ class EvalSet:
             )
         self.stream = stream
         self.samples = stream.samples_per_pass if limit is None else min(limit, stream.samples_per_pass)
+        self._key = seeded_key("held-out samples")
 
     def __len__(self) -> int:
         return self.samples
@@ -201,6 +206,6 @@ class EvalSet:
             UserError: a token is outside the vocabulary; names the file and the document.
         """
         if k < self.samples:
-            return self.stream.sample(0, k)
+            return self.stream.sample(0, bijection(self._key, self.stream.samples_per_pass, k))
         size = self.stream.seq_length
         return Sample(np.full(size + 1, PADDING, np.int64), np.zeros(size, bool), np.zeros(size + 1, np.int32), 0)

@@ -250,7 +250,15 @@ def _respell(spec: dict[str, Any], hidden: dict[str, str]) -> dict[str, Any]:
         {**token, "content": hidden.get(token["content"], token["content"]), "special": token["content"] in hidden}
         for token in spec["added_tokens"]
     ]
-    return {**spec, "model": model, "added_tokens": added}
+    return {**spec, "model": _compact(model), "added_tokens": added}
+
+
+def _compact(model: dict[str, Any]) -> dict[str, Any]:
+    """A model whose merges are written "left right", if they can be: the library reads them a fifth faster."""
+    merges = model.get("merges")
+    if not merges or not isinstance(merges[0], list | tuple) or any(" " in token for token in model["vocab"]):
+        return model
+    return {**model, "merges": [f"{left} {right}" for left, right in merges]}
 
 
 def _largest_id(spec: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +125,8 @@ def test_reading_ahead_is_bounded_keeps_order_and_stops_when_closed():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_comes_out_in_its_turn(corpus: Make, workers: int):
     stream = SourceStream(Corpus.open(corpus([100]).prefix), "x", 10, 1, vocab_size=55)
-    iterator = micro_batches(EvalSet(stream), BatchLayout(1, 1), range(10), workers)
+    reader = SimpleNamespace(sample=lambda k: stream.sample(0, k))
+    iterator = micro_batches(reader, BatchLayout(1, 1), range(10), workers)
     assert sum(1 for _ in zip(range(5), iterator, strict=False)) == 5
     with pytest.raises(UserError, match="holds token 55"):
         next(iterator)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megacpt.data.keyed import bijection, seeded_key
 from megacpt.data.mixture.mixture import Source
 from megacpt.data.mixture.solve import solve
 from megacpt.data.samples.blended import BlendedDataset, Corpus, EvalSet, Sample, SourceStream
@@ -129,12 +130,21 @@ def test_an_eval_set_is_fixed_and_ends_in_padding(corpus: Make):
     stream = stream_over(dataset, 10)
     whole, part = EvalSet(stream), EvalSet(stream, limit=4)
     assert (len(whole), len(part), len(EvalSet(stream, limit=99))) == (11, 4, 11)
-    check_pass(dataset, [whole.sample(k) for k in range(len(whole))])
+    rows = [bijection(seeded_key("held-out samples"), 11, k) for k in range(11)]
+    assert sorted(rows) == list(range(11))
+    check_pass(dataset, [whole.sample(rows.index(row)) for row in range(11)])
     assert part.sample(3).tokens.tolist() == whole.sample(3).tokens.tolist()
     for reader in (whole, part):
         beyond = reader.sample(len(reader))
         assert not beyond.valid.any()
         assert beyond.tokens.tolist() == [0] * 11
+
+
+def test_part_of_a_set_is_not_one_long_document(corpus: Make):
+    stream = stream_over(corpus([10_000, 10_000, 10_000, 10_000, 50, 50]), 10)
+    part = EvalSet(stream, limit=40)
+    found = [int(part.sample(k).tokens[0]) // 10_000 for k in range(40)]
+    assert min(np.bincount(found, minlength=4)[:4]) >= 5
 
 
 def test_an_eval_set_without_a_target_is_refused(corpus: Make):
