@@ -6,9 +6,11 @@
     python tools/bench.py checkpoint
     python tools/bench.py all --minutes 9
 
-data: preprocessing, scoring (with --kenlm), the index, reading. train: steps beside Hugging Face Trainer and
-megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save. all: the last
-three, as much as fits the time. Whoever computes or writes something else than the reference has no speed.
+data: preprocessing, scoring (with --kenlm), the index, reading. kernels (on a GPU): time on the device, beside torch,
+torch.compile, Liger, megatron-core and Transformer Engine, as far as installed. train: steps beside Hugging Face
+Trainer and megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save.
+all: all of it, data if its input is given, as much as fits the time. Whoever computes or writes something else than
+the reference has no speed.
 """
 
 import argparse
@@ -29,14 +31,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"))
+    _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"), required=True)
     kernels = commands.add_parser("kernels", help="our kernels beside others'")
     kernels.add_argument(
         "--tune", action="store_true", help="first measure launches and write kernels/configs/DEVICE.json"
     )
     _step_options(commands.add_parser("train", help="training steps"))
     _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
-    everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint and train")
+    everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint, data (with --input) and train")
+    _data_options(everything, required=False)
     _step_options(everything)
     everything.add_argument("--minutes", type=float, default=9.0, metavar="M", help="begin nothing more after so long")
     for command in commands.choices.values():
@@ -45,11 +48,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _data_options(parser: argparse.ArgumentParser) -> None:
+def _data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="TEXT.jsonl", help="text with the key `text`, uncompressed")
-    add("--tokenizer-type", required=True, choices=("HuggingFaceTokenizer", "SentencePieceTokenizer"))
-    add("--tokenizer-model", type=Path, required=True, metavar="FILE")
+    add("--input", type=Path, required=required, metavar="TEXT.jsonl", help="text with the key `text`, uncompressed")
+    add("--tokenizer-type", required=required, choices=("HuggingFaceTokenizer", "SentencePieceTokenizer"))
+    add("--tokenizer-model", type=Path, required=required, metavar="FILE")
     add("--only", nargs="+", choices=DATA_PARTS, default=DATA_PARTS, help="parts to measure")
     add("--megatron", type=Path, metavar="CHECKOUT", help="Megatron-LM's sources, for tools/preprocess_data*.py")
     add("--kenlm", type=Path, metavar="MODEL", help="a model of tools/train_kenlm.py, for scoring")
@@ -107,11 +110,11 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
     """
     import torch
 
+    if not torch.cuda.is_available():
+        raise UserError("kernels are timed on a GPU, and there is none here; `make test` checks what they compute")
     from megacpt.bench import kernels as device_times
     from megacpt.runtime.setup import Layout, setup, teardown
 
-    if not torch.cuda.is_available():
-        raise UserError("kernels are timed on a GPU, and there is none here; `make test` checks what they compute")
     # megatron-core's cross-entropy wants its groups.
     device = setup(Layout(1), seed=0).device
     if "tune" in options and options.tune:
@@ -151,6 +154,10 @@ def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> N
     else:
         print("kernels: not measured, for there is no GPU here")
     checkpoint(options, work, recorder)
+    if options.input is not None and options.tokenizer_type and options.tokenizer_model:
+        data(options, work, recorder)
+    else:
+        print("data: not measured without --input, --tokenizer-type and --tokenizer-model")
     options.minutes -= (time.monotonic() - began) / 60
     train(options, work, recorder)
 
@@ -166,11 +173,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
 
 def record(options: argparse.Namespace) -> None:
     """Measure, and write the rows."""
+    if options.command != "data":
+        from megacpt.runtime.setup import quiet_third_parties
+
+        quiet_third_parties()
     recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"))
     with tempfile.TemporaryDirectory() as temporary:
         COMMANDS[options.command](options, options.work or Path(temporary), recorder)
     for bench in dict.fromkeys(row.bench for row in recorder.rows):
-        file = "data" if options.command == "data" else bench
+        file = "data" if bench in DATA_PARTS else bench
         append(options.output / f"{file}.csv", [row for row in recorder.rows if row.bench == bench])
     write_readme(options.output)
     print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
