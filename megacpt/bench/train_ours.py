@@ -18,7 +18,6 @@ from megacpt.train.planning import make_plan
 
 def use_stock_specs() -> None:
     """Put megatron-core's own layer specs in the place of ours: of Transformer Engine, if it is here, or local."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -27,9 +26,9 @@ def use_stock_specs() -> None:
 
     from megacpt.model import build
 
-    def stock(architecture: Architecture, layers: int, *_: object) -> TransformerBlockSubmodules:
+    def stock(architecture: Architecture, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
         assert architecture.normalization == "RMSNorm"
-        if HAVE_TE and torch.cuda.is_available():
+        if engine:
             layer = get_gpt_layer_with_transformer_engine_spec()
         else:
             layer = get_gpt_layer_local_spec(normalization="RMSNorm")
