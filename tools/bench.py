@@ -30,6 +30,7 @@ DATA_PARTS = ("preprocess", "scoring", "index", "read")
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(tune=False, minutes=float("inf"))
     commands = parser.add_subparsers(dest="command", required=True)
     _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"), required=True)
     kernels = commands.add_parser("kernels", help="our kernels beside others'")
@@ -117,7 +118,7 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
 
     # megatron-core's cross-entropy wants its groups.
     device = setup(Layout(1), seed=0).device
-    if "tune" in options and options.tune:
+    if options.tune:
         from megacpt.bench.tuning import tune_all
 
         print(f"launches written to {tune_all(device)}")
@@ -131,7 +132,7 @@ def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """Measure training steps."""
     from megacpt.bench import train as steps
 
-    deadline = time.monotonic() + 60 * options.minutes if "minutes" in options else float("inf")
+    deadline = time.monotonic() + 60 * options.minutes
     run = steps.Run(options.steps, options.rounds, options.dtype or steps.usual_dtype(), deadline)
     steps.measure(recorder, steps.chosen(options.cases), run, work)
 

@@ -23,9 +23,8 @@ class Result:
 
     def write(self, path: Path) -> None:
         """Write it with the memory that this process has needed."""
-        on_gpu = torch.cuda.is_available() and torch.version.cuda is not None
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.memory = torch.cuda.max_memory_allocated() if on_gpu else resident
+        self.memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
         write_json(path, asdict(self))
 
 

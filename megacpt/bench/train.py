@@ -17,7 +17,7 @@ from megacpt.bench.rows import OURS, Recorder
 from megacpt.bench.train_case import CPU_CASES, GPU_CASES, WARMUP, TrainCase, run_module, write_case
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
-from megacpt.train.metrics import PEAK_BF16_TFLOPS
+from megacpt.train.metrics import mfu
 
 CONTESTANTS: Mapping[str, tuple[str, ...]] = {
     OURS: ("megacpt.bench.train_ours",),
@@ -91,7 +91,7 @@ def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, c
                 continue
             if name != OURS and time.monotonic() > run.deadline:
                 continue
-            result = folder / f"result_{len(found)}.json"
+            result = folder / "result.json"
             try:
                 run_module(module, config, result, *flags)
             except UserError as error:
@@ -100,7 +100,8 @@ def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, c
                 recorder.add("train", title, name, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
                 continue
             found.setdefault(name, []).append(read_result(result))
-            _forget(folder / "run")
+            # The next one would go on from it.
+            shutil.rmtree(folder / "run", ignore_errors=True)
     for name, results in found.items():
         difference = _difference(found[OURS][0].losses, results[0].losses)
         if difference > TOLERANCE[run.dtype]:
@@ -124,15 +125,7 @@ def _add_rows(
     recorder.add("train", title, name, tokens, "tokens/s", "median step")
     recorder.add("train", title, name, flops / 1e12, "TFLOP/s", "causal-half formula")
     recorder.add("train", title, name, 100 * flops / ceilings.matmul, "% of the matmul rate", "measured in this run")
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-        peak = next((peak for part, peak in PEAK_BF16_TFLOPS.items() if part in device), None)
-        if peak is not None:
-            recorder.add("train", title, name, flops / 1e10 / peak, "% MFU", "of the datasheet's dense bf16")
+    share = mfu(flops / 1e12, recorder.device)
+    if share is not None:
+        recorder.add("train", title, name, 100 * share, "% MFU", "of the datasheet's dense bf16")
     recorder.add("train", title, name, max(result.memory for result in results) / 2**30, "GiB peak")
-
-
-def _forget(folder: Path) -> None:
-    """Delete a run, so that the next contestant does not go on from it."""
-
-    shutil.rmtree(folder, ignore_errors=True)

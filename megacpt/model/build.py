@@ -1,6 +1,5 @@
 """From an architecture and a layout to this rank's model chunks."""
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Freeze, Model
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.spec import block_spec
+from megacpt.runtime.engine import apex_adds_gradients
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
-        gradient_accumulation_fusion=model.gradient_accumulation_fusion and _apex_adds_gradients(),
+        gradient_accumulation_fusion=model.gradient_accumulation_fusion and apex_adds_gradients(),
         bias_activation_fusion=options.engine and architecture.swiglu,
         apply_rope_fusion=options.engine,
         bias_dropout_fusion=False,
@@ -102,10 +102,6 @@ def fp8_settings(model: Model) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": model.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": model.num_layers_at_end_in_bf16,
     }
-
-
-def _apex_adds_gradients() -> bool:
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def build_chunks(
@@ -165,7 +161,7 @@ def freeze_layers(chunks: list[LanguageModel], freeze: Freeze) -> int:
 
 
 def slot_classes(chunk: LanguageModel) -> dict[str, str]:
-    """The class in every slot of the layer spec and of the head, for the start-up report and tests."""
+    """The class in every slot of the layer spec, for the start-up report and tests."""
     layer = chunk.decoder.layers[0]
     slots = {
         "layer": layer,

@@ -71,7 +71,7 @@ def check_available(config: Config, choice: Choice) -> None:
         key = f"model.transformer_impl {ENGINE}" if choice.engine else "optimizer.use_precision_aware_optimizer"
         if (problem := import_problem(ENGINE)) is not None:
             raise UserError(f"{key}: the package {ENGINE} does not import ({problem}); install it or leave the key out")
-    if model.gradient_accumulation_fusion and not choice.engine and _no_fused_gradients():
+    if model.gradient_accumulation_fusion and not choice.engine and not apex_adds_gradients():
         raise UserError(
             "model.gradient_accumulation_fusion with local layers needs apex's fused_weight_gradient_mlp_cuda, which "
             "does not import; install apex with --cpp_ext --cuda_ext, or leave the key out"
@@ -96,5 +96,6 @@ def check_card(recipe: str, capability: tuple[int, int], card: str) -> None:
         )
 
 
-def _no_fused_gradients() -> bool:
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
+def apex_adds_gradients() -> bool:
+    """Whether apex's matmul that adds a weight's gradient to a buffer is here, which megatron-core's layers call."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

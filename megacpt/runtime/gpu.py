@@ -7,6 +7,7 @@ of GPUs does; torch's allocator with the first allocation; NCCL when the first c
 import importlib
 import os
 from collections.abc import MutableMapping
+from functools import cache
 
 BLACKWELL = 10
 """Major compute capability from which the order of launches needs no help."""
@@ -58,6 +59,7 @@ def set_gpu_environment(
         environment.setdefault(name, value)
 
 
+@cache
 def compute_capability_major() -> int:
     """Of the first card, through NVML, which leaves CUDA alone; 0 where that does not answer."""
     try:

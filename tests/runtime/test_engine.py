@@ -67,7 +67,7 @@ def test_what_the_machine_lacks_is_one_sentence(monkeypatch: pytest.MonkeyPatch)
         check_available(asked, choose_transformer_impl("transformer_engine", on_gpu=True))
     fused = configuration(gradient_accumulation_fusion=True)
     local = choose_transformer_impl("local", on_gpu=True)
-    monkeypatch.setattr(engine, "_no_fused_gradients", lambda: True)
+    monkeypatch.setattr(engine, "apex_adds_gradients", lambda: False)
     with pytest.raises(UserError, match="install apex with --cpp_ext --cuda_ext"):
         check_available(fused, local)
     check_available(configuration(), local)

@@ -42,7 +42,7 @@ ASCII_FORM = {
     "％": "%",
 }
 BLANKS = b"\t\x0b\x0c\r\x1c\x1d\x1e\x1f"
-CONTROLS = sorted({*range(1, 32), 127} - {*BLANKS, ord("\n")})
+CONTROLS = bytes({*range(1, 32), 127} - {*BLANKS, ord("\n")})
 EDGE = b"\n\0\n"
 """What documents are joined with: NUL is a line of its own, and in no normalised text."""
 MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
@@ -130,14 +130,14 @@ def normalizer(rules: Normalization) -> Normalizer:
     Documents are joined and translated as bytes; only what lies beyond ASCII is looked at character by character. So
     each character is normalised by itself: a capital sigma that ends a word becomes the ordinary small sigma.
     """
-    beyond, table, deleted = BeyondAscii(_replacement(rules)), _ascii_table(rules), bytes(CONTROLS)
+    beyond, table = BeyondAscii(_replacement(rules)), _ascii_table(rules)
 
     def normalize(texts: Sequence[str]) -> list[Sentences]:
         if not texts:
             return []
         joined = bytearray(EDGE).join([text.encode() for text in texts])
         # What is put for a character beyond ASCII is what the table leaves as it is, or deletes.
-        data = _without_marks(bytes(beyond.replace(joined).translate(table, deleted)))
+        data = _without_marks(bytes(beyond.replace(joined).translate(table, CONTROLS)))
         words = _word_counts(data)
         if len(words) > len(texts):
             return normalize([text.replace("\0", "") for text in texts])

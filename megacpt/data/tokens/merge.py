@@ -18,12 +18,12 @@ from megacpt.data.tokens.indexed import IndexedDataset, bin_path, idx_path, part
 from megacpt.data.tokens.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from megacpt.data.tokens.merged_manifest import check_shards, in_order, merged_manifest
 from megacpt.data.tokens.outputs import clear_the_way, digests_path, refuse_if_empty, with_counts
+from megacpt.data.tokens.work import SIZE_BYTES
 from megacpt.errors import UserError
 from megacpt.files import atomic_write
 
 COPY_BYTES = 1 << 24
 DIGESTS_AT_ONCE = 1 << 16
-SIZE_BYTES = 8
 
 
 @dataclass
