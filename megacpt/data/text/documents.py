@@ -16,7 +16,7 @@ from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
 """Read at once to find the end of a line."""
 PARQUET_ROWS = 128
@@ -166,7 +166,7 @@ class Source:
         return InputFile(self.path.name, self.size, self._sha256)
 
     def blocks(self, keys: Sequence[str], start: int | None = None) -> Iterator[Block]:
-        """The part's rows in order, about a megabyte of text at a time; from `start`, the end of some block."""
+        """The part's rows in order, about two megabytes of text at a time; from `start`, the end of some block."""
         first = 0
         for block in self.pieces(keys, start):
             if block.plain:

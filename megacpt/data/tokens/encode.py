@@ -1,7 +1,7 @@
 """One block of rows to tokens: the work of a preprocessing process."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class EncodedBlock:
     """Tokens of a block: per key, [tokens] as in `.bin` and int32 [documents] lengths; and what it took.
 
     Attributes:
+        tokens: empty once they are held elsewhere.
         text_bytes: per key, UTF-8 bytes of each document's text, int64 [documents].
         skipped: rows dropped, by kind.
         digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
@@ -53,6 +54,16 @@ class EncodedBlock:
     consumed: int
     text: int
     digests: np.ndarray | None = None
+
+    def without(self, keep: np.ndarray, kind: str) -> "EncodedBlock":
+        """Of a block whose tokens are elsewhere, the documents of `keep`, bool [documents]; others count as `kind`."""
+        assert not self.tokens
+        if keep.all():
+            return self
+        lengths, text_bytes = ([part[keep] for part in parts] for parts in (self.lengths, self.text_bytes))
+        digests = None if self.digests is None else self.digests[keep]
+        skipped = self.skipped + Counter({kind: int((~keep).sum())})
+        return replace(self, lengths=lengths, text_bytes=text_bytes, skipped=skipped, digests=digests)
 
 
 def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> EncodedBlock:

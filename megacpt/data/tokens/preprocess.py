@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +35,7 @@ from megacpt.data.tokens.shards import WHOLE, Shard, share
 from megacpt.data.tokens.stream import Reporting, stream
 from megacpt.data.tokens.tokenizer import Tokenizer
 from megacpt.data.tokens.work import Work
-from megacpt.data.tokens.workers import Encode, encode_here, encode_in_processes
+from megacpt.data.tokens.workers import Encode, encode_here, encode_in_processes, encode_with
 from megacpt.errors import UserError
 
 ENGINES = ("local", "ray")
@@ -90,7 +90,7 @@ def preprocess(job: Job) -> dict[str, Manifest]:
                 for prefix in prefixes:
                     clear_the_way(prefix, job.overwrite)
             _announce(work, sources)
-            work.open()
+            work.open(encode.settle)
             if not work.finishing:
                 with held_back() as check:
                     stream(work, sources, first_input, job.encoding, encode, Reporting(job.log_interval, check))
@@ -130,9 +130,9 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
 def _encoder(job: Job, tokenizer: Tokenizer) -> AbstractContextManager[Encode]:
     if job.engine == "ray":
         encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
-        return nullcontext(encode_on_ray(encoding, tokenizer.sha256, job.workers))
+        return encode_with(encode_on_ray(encoding, tokenizer.sha256, job.workers))
     if job.workers in (None, 1):
-        return nullcontext(encode_here(job.encoding, tokenizer))
+        return encode_here(job.encoding, tokenizer)
     assert job.workers is not None
     return encode_in_processes(job.encoding, tokenizer, job.workers)
 

@@ -1,20 +1,19 @@
 """One function over many items in processes of this machine, results in the items' order, in bounded memory.
 
-A process is a fork of this one, which shares with it what it has opened. Items reach it by a pipe. The arrays of a
-result come back in memory that both sides map: an anonymous file, which nothing has to clear away after a kill.
+A process is a fork of this one, which shares with it what it has opened; items and results travel by a pipe. What is
+large stays where it was made: a process can be told what to do with it, once its result is known here.
 """
 
-import mmap
 import os
 import pickle
+import select
 import signal
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,8 +23,6 @@ AHEAD = 3
 """Items handed out ahead of each process: enough to keep it busy, few enough to bound memory."""
 IN_HAND = 2
 """Items that a process has at most: the one that it works on, and the next."""
-LARGE = 1 << 23
-"""Bytes of a result beyond which its memory is given back rather than kept for the next one."""
 NO_ITEM = object()
 
 
@@ -37,19 +34,23 @@ class Processes:
     """Processes that work on items for one `run`.
 
     Args:
-        function: has to be picklable if this process has other threads.
+        function: what is done with an item, and with what a process is told; has to be picklable if this process has
+            other threads.
         ahead: how many ordinary items an item counts for.
 
-    Raises (while results are asked for):
+    Raises (while results are asked for, told of or settled):
         WorkerLost: a process was killed.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, ahead: Callable[[Any], float]) -> None:
         self._ahead = ahead
         self._workers: list[_Worker] = []
+        self._latest: _Worker | None = None
+        self._answers = select.poll()
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(function, self._workers))
+                self._answers.register(self._workers[-1].fileno(), select.POLLIN)
         except BaseException:
             self.end()
             raise
@@ -60,9 +61,7 @@ class Processes:
             worker.end()
 
     def run(self, items: Iterable[Any]) -> Generator[Any, None, None]:
-        """Results as they are asked for; the arrays of each are there until the next one is."""
-        from multiprocessing.connection import wait
-
+        """Results as they are asked for."""
         waiting = iter(items)
         pending: deque[_Task] = deque()
         item = next(waiting, NO_ITEM)
@@ -73,47 +72,64 @@ class Processes:
                     break
                 pending.append(idlest.hand(item, self._ahead(item)))
                 item = next(waiting, NO_ITEM)
-            while pending[0].answer is None:
-                busy: list[Any] = [worker for worker in self._workers if worker.tasks]
-                ready: list[Any] = wait(busy)
-                for worker in ready:
-                    worker.listen()
+            while not pending[0].done:
+                self._listen()
                 if item is not NO_ITEM:
                     break
             else:
                 task = pending.popleft()
-                yield task.worker.result(task.answer)
-                task.worker.forget(task.answer)
+                self._latest = task.worker
+                yield task.outcome()
+
+    def tell(self, order: Any) -> None:
+        """Have `order` done, some time before `settle`, by the process that made the latest result of `run`."""
+        assert self._latest is not None, "there was no result yet"
+        self._latest.tell(order)
+
+    def settle(self) -> None:
+        """Wait until everything that was told is done.
+
+        Raises:
+            Exception: what the function raised at something that was told, now or before.
+        """
+        marks = [worker.hand(Mark(), 0.0) for worker in self._workers]
+        while not all(mark.done for mark in marks):
+            self._listen()
+
+    def _listen(self) -> None:
+        """Take an answer of each process that has one; wait for the first."""
+        ready = {descriptor for descriptor, _ in self._answers.poll()}
+        for worker in self._workers:
+            if worker.fileno() in ready:
+                worker.listen()
+
+
+class Mark:
+    """An item that is answered at once."""
 
 
 @dataclass
 class _Task:
-    """An item that was handed out, and what the process said of it, once it has."""
+    """What a process will answer, and once it has, how."""
 
     worker: "_Worker"
     weight: float
+    done: bool = False
+    failed: bool = False
     answer: Any = None
 
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a process says of a task.
-
-    Attributes:
-        pickled: the result without its arrays, or the exception if it `failed`.
-        sizes: bytes of the arrays, which lie end to end in the process's memory number `slot`.
-        made: whether that memory is new, and its descriptor follows.
-    """
-
-    pickled: bytes
-    sizes: list[int] = field(default_factory=list)
-    slot: int = -1
-    made: bool = False
-    failed: bool = False
+    def outcome(self) -> Any:
+        if self.failed:
+            raise self.answer
+        return self.answer
 
 
 class _Worker:
-    """A process, as the one that started it sees it."""
+    """A process, as the one that started it sees it.
+
+    Attributes:
+        tasks: what it has not answered yet, in order.
+    """
 
     def __init__(self, function: Callable[[Any], Any], elder: Iterable["_Worker"]) -> None:
         import multiprocessing
@@ -126,8 +142,8 @@ class _Worker:
         self._process = context.Process(target=_work, args=(function, theirs, others), daemon=True)
         self._process.start()
         theirs.close()
-        self._memory: list[int] = []
-        self._free: list[int] = []
+        self._orders: list[Any] = []
+        self._failure: Exception | None = None
         self.tasks: deque[_Task] = deque()
 
     def fileno(self) -> int:
@@ -135,43 +151,38 @@ class _Worker:
         return self._pipe.fileno()
 
     def hand(self, item: Any, weight: float) -> _Task:
-        """Give it something to do."""
+        """Give it something that it answers, and with it what it was told since the last time."""
+        if self._failure is not None:
+            raise self._failure
         with _loss():
-            self._pipe.send((item, self._free))
-        self._free = []
+            self._pipe.send_bytes(pickle.dumps((self._orders, item), 5))
+        self._orders = []
         self.tasks.append(_Task(self, weight))
         return self.tasks[-1]
 
+    def tell(self, order: Any) -> None:
+        """Give it something that it answers only if it fails."""
+        self._orders.append(order)
+
     def listen(self) -> None:
-        """Take its next answer."""
-        from multiprocessing.reduction import recv_handle
+        """Take its next answer.
 
+        Raises:
+            Exception: what the function raised at an order; whoever tells it more gets to hear it again.
+        """
         with _loss():
-            answer = self._pipe.recv()
-            if answer.made:
-                self._memory.append(recv_handle(self._pipe))
-        self.tasks.popleft().answer = answer
-
-    def result(self, answer: _Answer) -> Any:
-        """The result that it has told of; until `forget` its arrays are there."""
-        if answer.failed:
-            raise pickle.loads(answer.pickled)
-        total = sum(answer.sizes)
-        view = memoryview(mmap.mmap(self._memory[answer.slot], total, prot=mmap.PROT_READ) if total else b"")
-        edges = pairwise(accumulate(answer.sizes, initial=0))
-        return pickle.loads(answer.pickled, buffers=[view[start:stop] for start, stop in edges])
-
-    def forget(self, answer: _Answer) -> None:
-        """Let it use the memory of a result again."""
-        self._free.append(answer.slot)
+            ordered, failed, answer = self._pipe.recv()
+        if ordered:
+            self._failure = answer
+            raise answer
+        task = self.tasks.popleft()
+        task.done, task.failed, task.answer = True, failed, answer
 
     def end(self) -> None:
         """End the process, whatever it does."""
         self._pipe.close()
         self._process.kill()
         self._process.join()
-        for descriptor in self._memory:
-            os.close(descriptor)
 
 
 @contextmanager
@@ -185,65 +196,40 @@ def _loss() -> Iterator[None]:
 
 
 def _work(function: Callable[[Any], Any], pipe: Any, others: Iterable[Any]) -> None:
-    """What a process does, until the one that started it closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """What a process does, until the one that started it closes the pipe or ends: that one handles signals."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     for other in others:
         other.close()
-    tasks: SimpleQueue[tuple[Any, list[int]]] = SimpleQueue()
+    tasks: SimpleQueue[tuple[list[Any], Any]] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
-    memory: list[int] = []
-    free: list[int] = []
     while True:
-        item, forgotten = tasks.get()
-        free += forgotten
-        try:
-            pickled, arrays = _pickled(function(item))
-        except Exception as error:
-            if not isinstance(error, UserError):
-                error.add_note(traceback.format_exc())
-            pipe.send(_Answer(pickle.dumps(error), failed=True))
-            continue
+        orders, item = tasks.get()
+        for order in orders:
+            failed, answer = _attempt(function, order)
+            if failed:
+                _answer(pipe, True, failed, answer)
+        _answer(pipe, False, *((False, None) if isinstance(item, Mark) else _attempt(function, item)))
         del item
-        made = not free
-        if made:
-            free.append(len(memory))
-            memory.append(os.memfd_create("result"))
-        slot = free.pop()
-        _write(memory[slot], arrays)
-        pipe.send(_Answer(pickled, [array.nbytes for array in arrays], slot, made))
-        if made:
-            _send_descriptor(pipe, memory[slot])
 
 
-def _pickled(result: Any) -> tuple[bytes, list[memoryview]]:
-    """A result without its arrays, and these."""
-    arrays: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(result, 5, buffer_callback=arrays.append)
-    return pickled, [array.raw() for array in arrays]
+def _answer(pipe: Any, ordered: bool, failed: bool, answer: Any) -> None:
+    pipe.send_bytes(pickle.dumps((ordered, failed, answer), 5))
 
 
-def _receive(pipe: Any, tasks: SimpleQueue[tuple[Any, list[int]]]) -> None:
+def _attempt(function: Callable[[Any], Any], what: Any) -> tuple[bool, Any]:
+    """Whether it failed, and the result or the error."""
+    try:
+        return False, function(what)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(traceback.format_exc())
+        return True, error
+
+
+def _receive(pipe: Any, tasks: SimpleQueue[tuple[list[Any], Any]]) -> None:
     try:
         while True:
             tasks.put(pipe.recv())
     except (EOFError, ConnectionError):
         os._exit(0)
-
-
-def _send_descriptor(pipe: Any, descriptor: int) -> None:
-    from multiprocessing.reduction import send_handle
-
-    send_handle(pipe, descriptor, None)
-
-
-def _write(descriptor: int, arrays: Iterable[memoryview]) -> None:
-    """Put arrays into memory end to end."""
-    if os.fstat(descriptor).st_size > LARGE:
-        os.ftruncate(descriptor, 0)
-    at = 0
-    for array in arrays:
-        done = 0
-        while done < array.nbytes:
-            done += os.pwrite(descriptor, array[done:], at + done)
-        at += array.nbytes

@@ -12,8 +12,8 @@ from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.cluster import connected, fetched, import_ray
 from megacpt.data.tokens.encode import EncodedBlock, Encoding, encode_block
 from megacpt.data.tokens.fast_tokenizer import open_tokenizer
+from megacpt.data.tokens.pool import Run
 from megacpt.data.tokens.tokenizer import Tokenizer
-from megacpt.data.tokens.workers import Encode
 from megacpt.errors import UserError
 
 TASK_BYTES = 1 << 22
@@ -21,7 +21,7 @@ TASKS_PER_CPU = 2
 """Tasks in flight for each CPU: one that runs, and one whose blocks are on their way."""
 
 
-def encode_on_ray(encoding: Encoding, sha256: str, workers: int | None) -> Encode:
+def encode_on_ray(encoding: Encoding, sha256: str, workers: int | None) -> Run[Block, EncodedBlock]:
     """In tasks of one CPU each on a cluster; see `cluster`.
 
     Every node needs megacpt, and the tokenizer at the same path.

@@ -3,15 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-
-import numpy as np
 
 from megacpt.data.text.documents import Block, Source
 from megacpt.data.text.filtering import DUPLICATES, DigestSet
 from megacpt.data.text.rows import WrongRow
-from megacpt.data.tokens.encode import EncodedBlock, Encoding
+from megacpt.data.tokens.encode import Encoding
 from megacpt.data.tokens.progress import Progress, Totals
 from megacpt.data.tokens.work import Work
 from megacpt.data.tokens.workers import Encode
@@ -63,12 +61,14 @@ def stream(
 
     reading = blocks()
     progress = Progress(sum(source.part_size for source in sources), reporting.log_interval, _totals(work))
-    with closing(progress), closing(encode(reading)) as encoded, _name_what_is_wrong(reading, read):
+    with closing(progress), closing(encode.run(reading)) as encoded, _name_what_is_wrong(reading, read):
         for result in encoded:
             found = next_block()
             assert found is not None
             source, block = found
-            work.append(block, result if seen is None else _first_of_each(result, seen))
+            keep = None if seen is None or result.digests is None else seen.add(result.digests)
+            encode.write(work.places(keep))
+            work.append(block, result if keep is None else result.without(keep, DUPLICATES))
             progress.update(_totals(work))
             work.note(source, due=True)
             reporting.check()
@@ -101,18 +101,3 @@ def _seen_before(work: Work) -> DigestSet:
     for digests in work.digests():
         seen.add(digests)
     return seen
-
-
-def _first_of_each(block: EncodedBlock, seen: DigestSet) -> EncodedBlock:
-    """A block without the documents whose text an earlier one had."""
-    assert block.digests is not None
-    new = seen.add(block.digests)
-    if new.all():
-        return block
-    skipped = block.skipped.copy()
-    skipped[DUPLICATES] += int((~new).sum())
-    tokens = [part[np.repeat(new, lengths)] for part, lengths in zip(block.tokens, block.lengths, strict=True)]
-    lengths, text_bytes = ([part[new] for part in parts] for parts in (block.lengths, block.text_bytes))
-    return replace(
-        block, tokens=tokens, lengths=lengths, text_bytes=text_bytes, skipped=skipped, digests=block.digests[new]
-    )

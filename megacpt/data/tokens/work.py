@@ -1,14 +1,15 @@
 """The unfinished part of a run: datasets written so far, in a folder beside the output.
 
-Tokens are appended in the order of the inputs; every few seconds they are synced and the journal notes how much there
-is. After a kill the files are cut back to the last note, and the run goes on from there.
+Documents come in the order of the inputs; every few seconds the files are synced and the journal notes how much there
+is. Tokens are written by whoever has encoded them, each block at the place that it is given here.
+After a kill the files are cut back to the last note, and the run goes on from there.
 """
 
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +20,12 @@ from megacpt.data.text.documents import Block, Source
 from megacpt.data.text.filtering import DIGEST_BYTES
 from megacpt.data.tokens.encode import EncodedBlock
 from megacpt.data.tokens.journal import Journal, Position, note_of, read_journal
+from megacpt.data.tokens.placing import Places
 from megacpt.files import atomic_write, disk_errors, lock, make_folder
 
 SECONDS_BETWEEN_NOTES = 10.0
+WRITE_BACK = 1 << 26
+"""Bytes of tokens after which the system is to begin with writing them to the disk, to leave little to syncing."""
 LENGTH_BYTES, SIZE_BYTES = 4, 8
 DIGESTS_AT_ONCE = 1 << 16
 JOURNAL = "journal.jsonl"
@@ -62,6 +66,8 @@ class Work:
         self._pending: list[dict[str, Any]] = []
         self._files: dict[str, IO[bytes]] = {}
         self._notes: IO[str] | None = None
+        self._settle: Callable[[], None] = lambda: None
+        self._begun: list[int] = []
         self._started = self._noted = time.monotonic()
 
     @property
@@ -92,8 +98,14 @@ class Work:
         """Whether what the folder held, this job's or another's, is still as it was."""
         return not self._files
 
-    def open(self) -> None:
-        """Cut the files back to the position, and open them."""
+    def open(self, settle: Callable[[], None]) -> None:
+        """Cut the files back to the position, and open them.
+
+        Args:
+            settle: returns once all tokens are at the places that were given; raises if any could not be written.
+        """
+        self._settle = settle
+        self._begun = [tokens * self._job["itemsize"] for tokens in self.position.tokens]
         with disk_errors(self.folder):
             if self._journal.notes:
                 self._write_journal()
@@ -139,11 +151,16 @@ class Work:
             self._files[name].flush()
         return np.memmap(self.folder / name, dtype=dtype, mode="r")
 
+    def places(self, keep: np.ndarray | None) -> Places:
+        """Where the tokens of the next block go, of its documents `keep`, bool [documents], or all."""
+        tokens = self.position.tokens
+        offsets = tuple(count * self._job["itemsize"] for count in tokens)
+        return Places(tuple(self.bin(key) for key in range(len(tokens))), offsets, keep)
+
     def append(self, block: Block, encoded: EncodedBlock) -> None:
-        """Add an encoded block, the next one of the inputs."""
+        """Add an encoded block, the next one of the inputs, whose tokens have their places."""
         with disk_errors(self.folder):
-            for key, tokens in enumerate(encoded.tokens):
-                self._files[f"{key}.bin"].write(tokens.data)
+            for key in range(len(self._targets)):
                 self._files[f"{key}.lengths"].write(encoded.lengths[key].astype("<i4", copy=False).data)
                 self._files[f"{key}.text_bytes"].write(encoded.text_bytes[key].astype("<i8", copy=False).data)
             if encoded.digests is not None:
@@ -155,6 +172,15 @@ class Work:
         position.consumed += encoded.consumed
         position.text += encoded.text
         position.place = block.end
+        self._write_back()
+
+    def _write_back(self) -> None:
+        for key, tokens in enumerate(self.position.tokens):
+            begun, end = self._begun[key], tokens * self._job["itemsize"]
+            if end - begun >= WRITE_BACK:
+                # The advice lets go of what is on the disk already, which is nothing yet, and has the rest put there.
+                os.posix_fadvise(self._files[f"{key}.bin"].fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
+                self._begun[key] = end
 
     def end_input(self, number: int, source: Source) -> None:
         """All blocks of the next input file, the `number`-th of the job, are there."""
@@ -174,6 +200,7 @@ class Work:
         """
         if due and time.monotonic() - self._noted < SECONDS_BETWEEN_NOTES:
             return
+        self._settle()
         notes = [*self._pending, *([note_of(self.position, inside, None)] if inside else [])]
         with disk_errors(self.folder):
             for handle in self._files.values():

@@ -12,8 +12,11 @@ import pytest
 
 from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.pool import pool
-from megacpt.data.tokens.processes import AHEAD, LARGE, Processes, WorkerLost
+from megacpt.data.tokens.processes import AHEAD, Processes, WorkerLost
 from megacpt.errors import UserError
+
+LARGE = 1 << 20
+"""More bytes than a pipe holds."""
 
 
 def squares(number: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -74,13 +77,77 @@ def test_an_error_is_raised_in_its_turn(workers):
         list(run([4]))
 
 
-def test_a_result_holds_until_the_next_one_is_asked_for():
-    with pool(squares, 2) as run:
-        results = run(range(30))
-        for _ in range(30):
-            number, _, powers = next(results)
-            time.sleep(0.005)
-            assert powers.tolist() == [i * i for i in range(number)]
+class Diary:
+    """Answers a number with the process that has it; appends what it is told, text, to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, what: int | str) -> tuple[int, int] | None:
+        if isinstance(what, int):
+            time.sleep(0.01 if what % 5 == 0 else 0)
+            return what, os.getpid()
+        if what == "fail":
+            raise UserError("it cannot be done")
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(f"{os.getpid()} {what}\n")
+        return None
+
+
+@contextmanager
+def three(function):
+    processes = Processes(function, 3, lambda _: 1.0)
+    try:
+        yield processes
+    finally:
+        processes.end()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_order_is_done_by_the_process_of_the_latest_result(tmp_path, threads):
+    path = tmp_path / "diary"
+    with other_threads(threads), three(Diary(path)) as processes:
+        expected = set()
+        for number, process in processes.run(range(40)):
+            processes.tell(f"{number} " + "x" * (LARGE if number == 7 else 3))
+            expected.add(f"{process} {number}")
+            if number == 20:
+                processes.settle()
+                assert len(path.read_text().splitlines()) == 21
+        processes.settle()
+        assert {line[: line.rindex(" ")] for line in path.read_text().splitlines()} == expected
+
+
+def test_orders_of_a_process_are_done_in_their_order(tmp_path):
+    with three(Diary(tmp_path / "diary")) as processes:
+        for number, _ in processes.run(range(40)):
+            processes.tell(str(number))
+        processes.settle()
+    done: dict[str, list[int]] = {}
+    for line in (tmp_path / "diary").read_text().splitlines():
+        process, number = line.split()
+        done.setdefault(process, []).append(int(number))
+    assert all(numbers == sorted(numbers) for numbers in done.values())
+    assert sum(map(len, done.values())) == 40
+
+
+def test_an_order_that_fails_is_told_of_whenever_one_settles(tmp_path):
+    with three(Diary(tmp_path / "diary")) as processes:
+        results = processes.run(range(3))
+        next(results)
+        processes.tell("fail")
+        for _ in range(3):
+            with pytest.raises(UserError, match=r"^it cannot be done$"):
+                processes.settle()
+
+
+def test_settling_notices_a_killed_process(tmp_path):
+    with three(Diary(tmp_path / "diary")) as processes:
+        _, process = next(processes.run(range(1)))
+        processes.tell("a")
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(WorkerLost, match="a worker process was killed"):
+            processes.settle()
 
 
 def test_a_killed_process_is_noticed():

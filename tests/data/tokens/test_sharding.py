@@ -15,14 +15,14 @@ from tokenizers import models, pre_tokenizers, trainers
 from megacpt.data.text import documents
 from megacpt.data.text.documents import Source
 from megacpt.data.text.rows import parse_block
-from megacpt.data.tokens.encode import Encoding
+from megacpt.data.tokens.encode import Encoding, encode_block
 from megacpt.data.tokens.indexed import bin_path, idx_path
 from megacpt.data.tokens.manifest import manifest_path, read_manifest
 from megacpt.data.tokens.merge import merge
 from megacpt.data.tokens.outputs import digests_path
 from megacpt.data.tokens.preprocess import Job, preprocess
 from megacpt.data.tokens.shards import Shard, cuts, parse_shard, share
-from megacpt.data.tokens.workers import encode_here
+from megacpt.data.tokens.workers import encode_with
 from megacpt.errors import UserError
 
 KEYS = ("text", "title")
@@ -138,12 +138,12 @@ def test_a_run_that_fails_at_every_other_block_goes_on_to_the_same_bytes(
 
     def faulty(encoding, tokenizer):
         def encoded(blocks):
-            for number, block in enumerate(encode_here(encoding, tokenizer)(blocks)):
+            for number, block in enumerate(blocks):
                 if number == 2:
                     raise UserError("an error")
-                yield block
+                yield encode_block(block, encoding, tokenizer)
 
-        return encoded
+        return encode_with(encoded)
 
     monkeypatch.setattr("megacpt.data.tokens.preprocess.encode_here", faulty)
     failures = 0
