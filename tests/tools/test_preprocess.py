@@ -215,7 +215,7 @@ def kill_in_the_middle(line, folder):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_killed_three_times_the_same_command_goes_on_to_the_same_bytes(tmp_path, models, workers):
-    texts = [f"the {'first ' * (i % 97)} and the last {i}" for i in range(40_000)]
+    texts = [f"the {'first ' * (i % 97)} and the last {i}" for i in range(90_000)]
     rows = [json.dumps({"text": text}) + "\n" for text in texts]
     (tmp_path / "a.jsonl").write_text("".join(rows[:10_000]))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("".join(rows[10_000:]).encode(), 1))
@@ -248,7 +248,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, models):
 
 
 def test_a_file_damaged_in_the_middle_is_named_and_the_files_before_it_are_kept(tmp_path, models):
-    rows = "".join(json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(80_000)).encode()
+    rows = "".join(json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(160_000)).encode()
     whole = gzip.compress(rows)
     middle = len(whole) // 2
     (tmp_path / "a.jsonl").write_text(GOOD)
@@ -264,31 +264,31 @@ def test_a_file_damaged_in_the_middle_is_named_and_the_files_before_it_are_kept(
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("going on after 2 documents that are done (1 of 2 input files")
     manifest = read_manifest(tmp_path / "out_text_document")
-    assert manifest.documents == 80_002
+    assert manifest.documents == 160_002
     assert [file.sha256 for file in manifest.inputs] == [sha256_of(tmp_path / n) for n in ("a.jsonl", "b.jsonl.gz")]
 
 
 def test_after_a_bad_row_the_same_command_with_skip_invalid_goes_on(tmp_path, models):
-    rows = [json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(40_000)]
+    rows = [json.dumps({"text": f"the first {i} and the last"}) + "\n" for i in range(80_000)]
     (tmp_path / "a.jsonl").write_text("".join([*rows, "{bad\n", *rows[:10]]))
     line = command(tmp_path, models, tmp_path / "a.jsonl")
-    assert_refused(run(noting_at_once(line)), "a.jsonl:40001", "documents are kept in ")
+    assert_refused(run(noting_at_once(line)), "a.jsonl:80001", "documents are kept in ")
     done = run([*line, "--skip-invalid"])
     assert done.returncode == 0, done.stderr
     assert "going on after " in done.stderr
     manifest = read_manifest(tmp_path / "out_text_document")
-    assert (manifest.documents, manifest.skipped) == (40_010, {"invalid_json": 1})
+    assert (manifest.documents, manifest.skipped) == (80_010, {"invalid_json": 1})
 
 
 def test_the_work_of_another_job_is_not_gone_on_with(tmp_path, models):
     rows = json.dumps({"text": "the first and the last"}) + "\n"
-    (tmp_path / "a.jsonl").write_text(rows * 40_000 + "{bad\n")
+    (tmp_path / "a.jsonl").write_text(rows * 80_000 + "{bad\n")
     line = command(tmp_path, models, tmp_path / "a.jsonl")
     assert_refused(run(noting_at_once(line)), "documents are kept in ")
     done = run([*line, "--skip-invalid", "--min-chars", "5"])
     assert done.returncode == 0, done.stderr
     assert "holds the work of another job or of other inputs; starting afresh" in done.stderr
-    assert len(IndexedDataset(tmp_path / "out_text_document")) == 40_000
+    assert len(IndexedDataset(tmp_path / "out_text_document")) == 80_000
 
 
 def test_two_runs_into_one_output(tmp_path, models):
