@@ -3,13 +3,16 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from megacpt.bench.rows import OURS, Recorder
 from megacpt.data.tokens.indexed import bin_path
@@ -18,6 +21,10 @@ from megacpt.errors import UserError
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SLOW_MB = 10
 """A peer that needs seconds for a megabyte gets the first so many; its rate is told with that."""
+LIMIT_SECONDS = 900.0
+"""After so long a tool is taken to hang, as Megatron-LM's does when its worker process has failed."""
+STARTS = 3
+"""Times that a start is measured; the median counts, since a working rate depends on it."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,13 @@ class Timed:
     resident: float
 
 
-def timed(command: Sequence[str], cores: int, environment: dict[str, str] | None = None) -> Timed:
+def timed(
+    command: Sequence[str], cores: int, environment: dict[str, str] | None = None, limit: float = LIMIT_SECONDS
+) -> Timed:
     """Run a command on the first `cores` cores of those this process may use.
 
     Raises:
-        UserError: it failed; holds the end of what it said.
+        UserError: it failed, or had not ended after `limit` seconds; holds the end of what it said.
     """
     allowed = sorted(os.sched_getaffinity(0))[:cores]
 
@@ -63,14 +72,24 @@ def timed(command: Sequence[str], cores: int, environment: dict[str, str] | None
             stderr=subprocess.STDOUT,
             preexec_fn=bind,
             env=os.environ | (environment or {}),
+            start_new_session=True,
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        watch = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        watch.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            watch.cancel()
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             told = " ".join(said.read().split())[-300:]
-            raise UserError(f"{' '.join(command)}: exit code {process.returncode}: {told}")
+            ended = f"exit code {process.returncode}" if seconds < limit else f"not done after {limit:,.0f} s"
+            raise UserError(f"{' '.join(command)}: {ended}: {told}")
     return Timed(seconds, usage.ru_maxrss / 1e3)
 
 
@@ -139,7 +158,7 @@ def measure(recorder: Recorder, case: Case, cores: int) -> None:
     expected = _sha(prefix)
     for workers in (1, cores) if cores > 1 else (1,):
         title = f"{name}, {workers} core{'s' if workers > 1 else ''}"
-        start = timed(ours(case, tiny, workers)[0], workers).seconds
+        start = median(timed(ours(case, tiny, workers)[0], workers).seconds for _ in range(STARTS))
         done = timed(ours(case, case.text, workers)[0], workers)
         recorder.add("preprocess", title, OURS, case.megabytes / done.seconds, "MB/s", "wall, start-up included")
         recorder.add("preprocess", title, OURS, case.megabytes / max(1e-9, done.seconds - start), "MB/s working")
