@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
 from megacpt_kernels.cross_entropy import vocab_parallel_cross_entropy
-from megacpt_kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy
+from megacpt_kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy_sum
+from megacpt_kernels.token_losses import SourceSums
 
 
 class LanguageModel(GPTModel):
@@ -80,23 +81,61 @@ class LanguageModel(GPTModel):
         group = self.pg_collection.tp
         return group if group.size() > 1 else None
 
-    def _loss_of_hidden(
-        self, *, hidden_states: torch.Tensor, labels: torch.Tensor, output_weight: torch.Tensor | None, **_: Any
+    def _training_loss(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        context: SourceSums,
+        **head: Any,
     ) -> torch.Tensor:
-        """In the place of megatron-core's output head: losses [b, s] of hidden states [s, b, h], a chunk at a time."""
+        """In the place of megatron-core's output head: the sum of the unmasked losses of hidden states [s, b, h]."""
+        if self.own_loss == "linear":
+            return self._loss_of_hidden(hidden_states, output_weight, labels, loss_mask, context)
+        logits, _ = self.output_layer(
+            hidden_states, weight=output_weight, runtime_gather_output=head["runtime_gather_output"]
+        )
+        if self.own_loss is None:
+            losses = self.compute_language_model_loss(labels, logits)
+            context.add(losses, loss_mask)
+            return losses.where(loss_mask != 0, 0.0).sum()
+        return vocab_parallel_cross_entropy(
+            logits,
+            labels.t(),
+            loss_mask.t(),
+            real_rows=self.real_rows,
+            group=self._vocabulary_group(),
+            sources=SourceSums(context.ids.t(), context.sums),
+        ).sum()
+
+    def _loss_of_hidden(
+        self,
+        hidden: torch.Tensor,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        sources: SourceSums,
+    ) -> torch.Tensor:
+        """The same without whole logits, a chunk of tokens at a time."""
         parallel = self.config.sequence_parallel
         if parallel:
             # Its backward scatters the sum over ranks, which the loss then leaves to it.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
-        options = HeadOptions(reduce_hidden_grad=not parallel, fuse_main_grad=self.config.gradient_accumulation_fusion)
-        return linear_cross_entropy(
-            hidden_states,
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
+        total, _ = linear_cross_entropy_sum(
+            hidden,
             self.output_layer.weight if output_weight is None else output_weight,
             labels.t(),
+            loss_mask.t(),
             real_rows=self.real_rows,
             group=self._vocabulary_group(),
-            options=options,
-        ).t()
+            options=HeadOptions(
+                reduce_hidden_grad=not parallel, fuse_main_grad=self.config.gradient_accumulation_fusion
+            ),
+            sources=SourceSums(sources.ids.t(), sources.sums),
+        )
+        return total
 
     def forward(
         self,
@@ -104,16 +143,19 @@ class LanguageModel(GPTModel):
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None = None,
+        sources: SourceSums | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Losses [b, s] with labels; without, logits [b, s, v/TP] with padding at minus infinity.
+
+        With `sources` of ids [b, s], and `loss_mask` [b, s], the sum of the unmasked losses, which are added to it.
 
         megatron-core's `output_processor` takes the place of the head; masking the padding is then its own affair.
         """
         # Its attention is told "causal" and would ignore a mask.
         assert attention_mask is None or not self.engine, "Transformer Engine's attention takes no mask here"
-        if self.own_loss == "linear" and labels is not None and kwargs.get("output_processor") is None:
-            kwargs["output_processor"] = self._loss_of_hidden
+        if sources is not None:
+            kwargs |= {"output_processor": self._training_loss, "output_processor_context": sources}
         output = super().forward(input_ids, position_ids, attention_mask, labels=labels, **kwargs)
         is_logits = self.post_process and labels is None and kwargs.get("output_processor") is None
         return self.mask_padding(output) if is_logits else output

@@ -26,7 +26,7 @@ from megacpt.train.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from megacpt.train.layer_memory import tokens_of
+from megacpt.train.layer_memory import sequence_shards, tokens_of
 from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
 from megacpt_kernels.linear_cross_entropy import HeadOptions
 from megacpt_kernels.vocabulary import SLICE_BYTES
@@ -131,8 +131,9 @@ def _own_loss(setting: Setting, own: str) -> int:
     chunk = min(HeadOptions().chunk_bytes, tokens * setting.vocabulary_rows * item)
     if item < FP32 and not setting.on_gpu:
         copies = max(copies, chunk // item * FP32 + tokens * hidden * FP32)
-    # Chunks' weight gradients add up in fp32, and are rounded to the weight's dtype at the end.
-    return stream + max(chunk + copies + table * FP32, table * (FP32 + (item if item < FP32 else 0)))
+    # Forward has hidden states beside their gradient; backward rounds the weight's to its dtype.
+    states = stream + (stream_bytes(setting) if sequence_shards(setting) > 1 else 0)
+    return max(states + chunk + copies, table * item if item < FP32 else 0)
 
 
 def _layer(setting: Setting, stage: int) -> int:

@@ -22,7 +22,6 @@ OPERATIONS = {
     "cross_entropy_statistics",
     "cross_entropy_gradient",
     "token_losses",
-    "source_sums",
 }
 
 
