@@ -11,6 +11,7 @@ import torch
 from megacpt.bench.contestant import Result, Stopwatch
 from megacpt.config.architecture import Architecture
 from megacpt.config.load import load_config
+from megacpt.config.tree import Model
 from megacpt.runtime.setup import quiet_third_parties, setup, teardown
 from megacpt.train.build import build_job
 from megacpt.train.planning import make_plan
@@ -26,7 +27,7 @@ def use_stock_specs() -> None:
 
     from megacpt.model import build
 
-    def stock(architecture: Architecture, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
+    def stock(architecture: Architecture, model: Model, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
         assert architecture.normalization == "RMSNorm"
         if engine:
             layer = get_gpt_layer_with_transformer_engine_spec()

@@ -28,6 +28,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_needs_engine(config, engine),
         *_needs_gpu(config, on_gpu, engine),
         *_layers(config, architecture, engine),
+        *_kernels(config, architecture),
         *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
         *_context_parallel(config, architecture),
@@ -88,6 +89,11 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             "model.cuda_graph_impl local replays fixed shapes, and data.reset_attention_mask packs documents of any "
             "length; set one of them only"
         )
+
+
+def _kernels(config: Config, architecture: Architecture) -> Iterator[str]:
+    if config.model.swiglu_fusion_impl == "megacpt" and not architecture.swiglu:
+        yield "model.swiglu_fusion_impl megacpt fuses the gate of an MLP that has one; leave it out for this model"
 
 
 def _loss(config: Config, bf16: bool) -> Iterator[str]:

@@ -12,8 +12,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
+from megacpt.model.layers import RotatingSelfAttention
 from megacpt_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megacpt_kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy_sum
+from megacpt_kernels.rope import packed_positions
 from megacpt_kernels.token_losses import SourceSums
 
 
@@ -49,6 +51,8 @@ class LanguageModel(GPTModel):
         """Whether Transformer Engine's classes fill the slots: documents by `packed_seq_params`, no other masks."""
         self.own_loss = own_loss
         """Our cross-entropy in the place of megatron-core's: "megacpt", or "linear" without whole logits; or None."""
+        self.rotates = any(isinstance(layer.self_attention, RotatingSelfAttention) for layer in self.decoder.layers)
+        """Whether our RoPE is in the layers, which is given a phase for each token of packed documents."""
         self.restart_positions = restart_positions and not engine
         self.some_layers_frozen = False
         """Whether any layer, here or on another stage, has no optimizer state."""
@@ -59,9 +63,15 @@ class LanguageModel(GPTModel):
 
     def _preprocess(self, input_ids: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
         output = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        hidden, phases_S11D, *rest = output
+        packed = kwargs.get("packed_seq_params")
+        if packed is not None and self.rotates:
+            # [t, 1, 1, d]: the phase of each token in its document, once for all layers.
+            states = self.decoder.input_tensor if hidden is None else hidden
+            tokens = states.shape[0] * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
+            return (hidden, phases_S11D[packed_positions(packed.cu_seqlens_q, tokens)], *rest)
         if not self.restart_positions:
             return output
-        hidden, phases_S11D, *rest = output
         # [s, b, 1, d]: each sample its own phases, broadcast over heads.
         return (hidden, phases_S11D[position_ids.t(), 0], *rest)
 

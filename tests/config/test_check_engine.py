@@ -68,6 +68,12 @@ def test_keys_of_the_engine_need_it(sections: dict[str, Any], words: list[str]) 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_our_swiglu_needs_a_gate() -> None:
+    with pytest.raises(UserError, match="swiglu_fusion_impl megacpt fuses the gate"):
+        check(model={"swiglu": False, "swiglu_fusion_impl": "megacpt"})
+    check(model={"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"})
+
+
 @pytest.mark.parametrize(
     ("sections", "word"),
     [
