@@ -14,9 +14,9 @@ f FFN, H heads and G query groups of D channels, t = TP, and u = t with sequence
 
 q is d, and 1 in a layer whose matmuls are in FP8 (with scales 33/32 under blockwise and mxfp8); the output of attention
 is then there twice. The local layer keeps cosines and sines, 4 s d D, and with documents a mask. An MLP without a gate
-saves GELU's input, d f / t, in place of SwiGLU's. Our kernels for SwiGLU and RoPE save on a GPU what Transformer
-Engine's do, and on a CPU four columns and cosines and sines in fp32. Under a parallel residual the norms share their input. On a CPU a
-local RMSNorm is composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
+saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save on a GPU what Transformer Engine's do, on a
+CPU the local column in fp32. Under a parallel residual the norms share their input. On a CPU a local RMSNorm is
+composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
 
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The
 other one was read off Transformer Engine's sources (2.20) and has not been measured.
