@@ -1,4 +1,4 @@
-"""Our trainer's steps, timed: `python -m megacpt.bench.train_ours CONFIG RESULT [--stock]`.
+"""Our trainer's steps, timed: `python -m megacpt.bench.train_ours CONFIG RESULT [--stock] [section.key=value ...]`.
 
 --stock: the same trainer on megatron-core's own layer specs, as Megatron-LM builds them.
 """
@@ -44,7 +44,7 @@ def main() -> None:
     quiet_third_parties()
     if "--stock" in flags:
         use_stock_specs()
-    config = load_config(config_path, [])
+    config = load_config(config_path, [flag for flag in flags if flag != "--stock"])
     plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
     job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
     result, watch = Result(), Stopwatch()

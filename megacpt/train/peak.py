@@ -5,7 +5,7 @@ beside it in `megacpt.train.activations`, dW the gradient of a weight before it 
 
 - *Loss.* The schedule is full on the last stage and the loss goes backward: dW of the output layer and the gradient of
   its input beside the logits' gradient, which ours writes over the logits; megatron-core's copies it where vocabulary
-  padding is masked.
+  padding is masked. The loss of hidden states has made its gradients in forward, beside a chunk of logits.
 - *Layer.* The first layer of a backward pass: the incoming gradient, and the largest of
   fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed.
   With full recomputation the unit that is computed again is there too.
