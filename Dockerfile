@@ -43,10 +43,15 @@ pip install --no-cache-dir --no-deps --no-build-isolation -e .
 SCRIPT
 
 RUN <<'SCRIPT' bash -euo pipefail
+export DEBIAN_FRONTEND=noninteractive
 apt-get update
-apt-get install -y --no-install-recommends cmake g++ libboost-program-options-dev libboost-system-dev libboost-thread-dev
+# This script is bash's standard input, which apt's children must not read.
+apt-get install -y --no-install-recommends cmake g++ make zlib1g-dev \
+    libboost-program-options-dev libboost-system-dev libboost-thread-dev </dev/null
 rm -rf /var/lib/apt/lists/*
-python -c 'from megacpt.data.scores.kenlm_build import build_programs; print(build_programs())'
+# Out of root's cache, for containers often run as another user.
+install "$(python -c 'from megacpt.data.scores.kenlm_build import build_programs; print(build_programs().lmplz.parent)')"/* /usr/local/bin
+rm -rf ~/.cache/megacpt
 python -m megacpt.env
 SCRIPT
 

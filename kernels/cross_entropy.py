@@ -5,34 +5,41 @@ backward writes their gradient over them, in their dtype with fp32 arithmetic. R
 in one all-gather; backward needs no collective.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics, token_losses
+from megacpt_kernels.token_losses import SourceSums, token_losses
+from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, shard: Shard
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        mask: torch.Tensor | None,
+        shard: Shard,
+        sources: SourceSums | None,
     ) -> torch.Tensor:
-        normaliser, losses = token_losses(gather(statistics(logits, targets, shard), shard.group), mask)
+        normaliser, losses = token_losses(gather(statistics(logits, targets, shard), shard.group), mask, sources)
         ctx.save_for_backward(logits, targets, mask, normaliser)
         ctx.shard = shard
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, dlosses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets, mask, normaliser = ctx.saved_tensors
         upstream = dlosses.float() if mask is None else dlosses.float().where(mask != 0, 0.0)
         logit_gradient_(logits, targets, normaliser, upstream.contiguous(), ctx.shard)
         # Autograd sees no kernel's writes: whoever else kept these logits for backward is told, a second backward too.
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None
+        return logits, None, None, None, None
 
 
 def cross_entropy_reference(
@@ -62,6 +69,7 @@ def vocab_parallel_cross_entropy(
     *,
     real_rows: int | None = None,
     group: dist.ProcessGroup | None = None,
+    sources: SourceSums | None = None,
 ) -> torch.Tensor:
     """The loss of each token; `backward` overwrites the logits with their gradient.
 
@@ -74,6 +82,7 @@ def vocab_parallel_cross_entropy(
         mask: [...], 0 where a token has no loss and no gradient, whatever its target; None: all have.
         real_rows: this rank's leading columns that are tokens; the rest is padding, with no probability and gradient 0.
         group: the ranks that share the vocabulary, in its order, equally many columns each; None: this one has it all.
+        sources: adds up the losses, and the tokens that have one, of each source.
 
     Returns:
         [...] fp32.
@@ -81,16 +90,33 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: shapes that do not belong together, or logits that cannot be overwritten row by row.
     """
-    check(logits, targets, mask)
+    check(logits, targets, mask, sources)
     shard = Shard.of(logits.shape[-1], real_rows, group)
-    if logits.stride(-1) != 1:
-        raise ValueError("the columns of logits must be adjacent in memory: their gradient is written over them")
-    rows = logits.flatten(0, -2) if logits.is_contiguous() else logits.view(-1, logits.shape[-1])
-    return _CrossEntropy.apply(rows, targets.flatten(), flat_mask(mask), shard).view(targets.shape)
+    of_rows = None if sources is None else sources.rows()
+    losses = _CrossEntropy.apply(_own_rows(logits), targets.flatten(), flat_mask(mask), shard, of_rows)
+    return losses.view(targets.shape)
 
 
-def check(values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Refuse targets, or a mask, that are not one for each row of `values` [..., columns].
+def _own_rows(logits: torch.Tensor) -> torch.Tensor:
+    """[..., columns] as [rows, columns] of the same memory, no element of which is two rows'."""
+    if logits.is_contiguous():
+        return logits.flatten(0, -2)
+    columns = logits.shape[-1]
+    rows = None
+    with suppress(RuntimeError):
+        rows = logits.view(-1, columns)
+    if rows is None or (columns > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < columns):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} and strides {logits.stride()} cannot be overwritten with their "
+            "gradient: columns must be adjacent in memory, and rows equally far apart, without overlap"
+        )
+    return rows
+
+
+def check(
+    values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, sources: SourceSums | None = None
+) -> None:
+    """Refuse targets, a mask, or sources that are not one for each row of `values` [..., columns].
 
     Raises:
         ValueError: they are not.
@@ -101,6 +127,8 @@ def check(values: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None
             f"targets are {tuple(targets.shape)} and the mask {given}; both must be {tuple(values.shape[:-1])}, "
             "one a token"
         )
+    if sources is not None and sources.ids.shape != targets.shape:
+        raise ValueError(f"ids of sources are {tuple(sources.ids.shape)}, targets {tuple(targets.shape)}: one a token")
 
 
 def flat_mask(mask: torch.Tensor | None) -> torch.Tensor | None:

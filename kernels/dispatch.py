@@ -17,8 +17,11 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton kernels rather than its reference.
 
     Raises:
-        ValueError: the tensors are on several kinds of device, or on one that is neither cuda nor cpu.
+        ValueError: the tensors are on several kinds of device, or on one that is neither cuda nor cpu; or one is
+            float64, whose digits arithmetic in fp32 would lose unseen.
     """
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        raise ValueError("kernels and their references compute in fp32: give them fp32, bf16 or fp16, not float64")
     kinds = {tensor.device.type for tensor in tensors}
     if kinds == {"cuda"}:
         return True

@@ -93,15 +93,18 @@ def launch_for(op: str, width: int, itemsize: int, device: torch.device) -> Laun
 
 
 def candidates(start: Launch) -> list[Launch]:
-    """What is worth a measurement around a launch: half, twice and four times its block and warps, stages, programs."""
+    """What is worth a measurement around a launch: half, twice and four times its block and warps, stages, programs.
+
+    One stage, or one program for each SM, is what operations have that know of no others: these are not varied.
+    """
     blocks = [start.block // 2, start.block, start.block * 2, start.block * 4]
     warps = sorted({min(max(start.warps * factor // 2, 1), 32) for factor in (1, 2, 4)})
     around = [replace(start, block=block, warps=warp) for block in blocks for warp in warps]
     return [
         replace(launch, stages=stages, per_sm=per_sm)
         for launch in around
-        for stages in sorted({1, start.stages, 3})
-        for per_sm in sorted({1, start.per_sm, 2})
+        for stages in sorted({1, start.stages, 3} if start.stages > 1 else {1})
+        for per_sm in sorted({1, start.per_sm, 2} if start.per_sm > 1 else {1})
     ]
 
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megacpt_kernels.cross_entropy import check, cross_entropy_reference, flat_mask
-from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics, token_losses
+from megacpt_kernels.token_losses import SourceSums, token_losses
+from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _HiddenGradient:
 
     def __init__(self, like: torch.Tensor, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.total = torch.empty_like(like)
+        self.total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self.pending: list[Any] = []
 
     def set(self, part: slice, dlogits: torch.Tensor, weight: torch.Tensor) -> None:
@@ -158,6 +159,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         token_weights: torch.Tensor,
         shard: Shard,
         options: HeadOptions,
+        sources: SourceSums | None,
         differentiable: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wants_hidden, wants_weight = (differentiable and wanted for wanted in ctx.needs_input_grad[:2])
@@ -167,7 +169,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         dweight = _sum_of_chunks(weight, None) if wants_weight else None
         for part, logits in _chunks(hidden, weight, options):
             gathered = gather(statistics(logits, targets[part], shard), shard.group)
-            normaliser, losses[part] = token_losses(gathered, None if mask is None else mask[part])
+            normaliser, losses[part] = token_losses(
+                gathered, None if mask is None else mask[part], None if sources is None else sources.rows(part)
+            )
             if dhidden is None and dweight is None:
                 continue
             logit_gradient_(logits, targets[part], normaliser, token_weights[part], shard)
@@ -191,8 +195,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             ctx.main_grad.addcmul_(dweight, dtotal)
             returned = _placeholder(weight)
         elif dweight is not None:
-            returned = (dweight * dtotal).to(weight.dtype)
-        return None if dhidden is None else (dhidden * dtotal).to(dhidden.dtype), returned, None, None, None, None, None
+            returned = dweight.mul_(dtotal).to(weight.dtype)
+        return None if dhidden is None else dhidden.mul_(dtotal), returned, *(None,) * 6
 
 
 def linear_cross_entropy_reference(
@@ -251,12 +255,14 @@ def linear_cross_entropy_sum(
     real_rows: int | None = None,
     group: dist.ProcessGroup | None = None,
     options: HeadOptions = DEFAULT,
+    sources: SourceSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sum(token_weights * losses), differentiable, and the losses, which are not; logits are computed once.
 
     Arguments are those of `linear_cross_entropy`, but for `token_weights` [...], any dtype, in place of the mask: a
     loss mask, or that over a number of tokens. Tokens of weight 0 have the loss 0. Forward computes gradients if
-    anything here requires one and gradients are on; the weight's, fp32, stays until backward.
+    anything here requires one and gradients are on; the weight's, fp32, stays until backward, which turns it into the
+    one asked for and so can be run once. `sources` adds up the losses, and the tokens of a weight, of each source.
 
     Returns:
         A scalar and [...], fp32.
@@ -264,13 +270,13 @@ def linear_cross_entropy_sum(
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
-    check(hidden, targets, token_weights)
+    check(hidden, targets, token_weights, sources)
     _check_weight(hidden, weight, options)
     shard = Shard.of(weight.shape[0], real_rows, group)
     rows = hidden.reshape(-1, hidden.shape[-1])
     weights = token_weights.detach().float().flatten()
     total, losses = _LinearCrossEntropySum.apply(
-        rows, weight, targets.flatten(), weights, shard, options, torch.is_grad_enabled()
+        rows, weight, targets.flatten(), weights, shard, options, sources, torch.is_grad_enabled()
     )
     return total, losses.view(targets.shape)
 

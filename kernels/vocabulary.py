@@ -2,7 +2,7 @@
 
 1. `statistics`: each rank reads its logits once: the maximum, the sum of exp(logit - maximum), the target's logit.
 2. `gather`: the one collective, an all-gather of those three fp32 numbers a token.
-3. `token_losses`: log-sum-exp over all ranks, and the losses.
+3. `token_losses` (its own file): log-sum-exp over all ranks, the losses, masked, and their sums by source.
 4. `logit_gradient_`: (softmax - onehot) * upstream, written over the logits.
 
 Logits keep their dtype in memory; every number between a load and a store is fp32. The running maximum and sum are kept
@@ -97,37 +97,6 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _losses_kernel(
-    gathered_ptr: tl.tensor,  # [ranks, 3, rows] fp32, in
-    mask_ptr: tl.tensor,  # [rows] uint8, in: 0 is no loss; or None
-    normaliser_ptr: tl.tensor,  # [rows] fp32, out: log of the sum of exp over the vocabulary
-    losses_ptr: tl.tensor,  # [rows] fp32, out
-    rows: int,
-    RANKS: tl.constexpr,
-    LOWEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    highest = tl.full((BLOCK,), LOWEST, tl.float32)
-    wanted = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for rank in range(RANKS):
-        highest = tl.maximum(highest, tl.load(gathered_ptr + rank * 3 * rows + row, mask=inside, other=0.0))
-        wanted = tl.maximum(wanted, tl.load(gathered_ptr + (rank * 3 + 2) * rows + row, mask=inside, other=0.0))
-    total = tl.zeros((BLOCK,), tl.float32)
-    for rank in range(RANKS):
-        maximum = tl.load(gathered_ptr + rank * 3 * rows + row, mask=inside, other=0.0)
-        part = tl.load(gathered_ptr + (rank * 3 + 1) * rows + row, mask=inside, other=1.0)
-        total += part * tl.exp(maximum - highest)
-    normaliser = highest + tl.log(total)
-    losses = tl.log(total) + (highest - wanted)  # which cancels exactly where the target is the maximum
-    if mask_ptr is not None:
-        losses = tl.where(tl.load(mask_ptr + row, mask=inside, other=0) != 0, losses, 0.0)
-    tl.store(normaliser_ptr + row, normaliser, mask=inside)
-    tl.store(losses_ptr + row, losses, mask=inside)
-
-
-@triton.jit
 def _gradient_kernel(
     logits_ptr: tl.tensor,  # [rows, columns], in and out
     targets_ptr: tl.tensor,  # [rows] integers, in
@@ -207,41 +176,6 @@ def gather(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
     everybody = torch.empty((dist.get_world_size(group), *local.shape), dtype=local.dtype, device=local.device)
     dist.all_gather_into_tensor(everybody.flatten(0, 1), local, group=group)
     return everybody
-
-
-def token_losses(gathered: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[ranks, 3, rows] to the log-sum-exp and the loss of each row, fp32; a loss is 0 where `mask` [rows] uint8 is.
-
-    A target that no rank holds, padding for instance, has the loss +inf.
-    """
-    if not runs_triton(gathered):
-        return token_losses_reference(gathered, mask)
-    ranks, _, rows = gathered.shape
-    normaliser = torch.empty(rows, dtype=torch.float32, device=gathered.device)
-    losses = torch.empty_like(normaliser)
-    launch = launch_for("token_losses", rows, 4, gathered.device)
-    if rows:
-        _losses_kernel[(triton.cdiv(rows, launch.block),)](
-            gathered.contiguous(),
-            mask,
-            normaliser,
-            losses,
-            rows,
-            RANKS=ranks,
-            LOWEST=LOWEST,
-            BLOCK=launch.block,
-            num_warps=launch.warps,
-        )
-    return normaliser, losses
-
-
-def token_losses_reference(gathered: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_losses` in torch."""
-    maximum, part, wanted = gathered.unbind(1)
-    highest = maximum.amax(0)
-    logarithm = ((maximum - highest).exp() * part).sum(0).log()
-    losses = logarithm + (highest - wanted.amax(0))
-    return highest + logarithm, losses if mask is None else losses.where(mask != 0, 0.0)
 
 
 def logit_gradient_(

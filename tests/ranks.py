@@ -1,4 +1,4 @@
-"""Run a function on N gloo processes and collect what each returns: multi-rank tests as ordinary tests."""
+"""Run a function on N processes, of gloo on CPUs or NCCL on GPUs: multi-rank tests as ordinary tests."""
 
 import multiprocessing
 import os
@@ -11,22 +11,31 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 PRELOAD = ["tests.preload"]
 TIMEOUT_S = 300.0
 
 
 def _rank(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, meeting: str, out: Connection
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world: int,
+    meeting: str,
+    backend: str,
+    out: Connection,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    import torch
     import torch.distributed as dist
 
     from megacpt.runtime.setup import quiet_third_parties, teardown
 
     try:
         quiet_third_parties()
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world, device_id=device)
         # Pickled here: through a Connection, torch would send tensors as handles that die with this process.
         out.send_bytes(pickle.dumps((function(*arguments), None)))
     except BaseException:
@@ -35,21 +44,24 @@ def _rank(
     teardown()
 
 
-def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """Call `function(*arguments)` on `world` fresh processes that share a gloo group; results by rank.
+def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
+    """Call `function(*arguments)` on `world` fresh processes that share a group; results by rank.
 
-    The function must be importable (module level) and its results picklable. Processes are forked from a server that
-    has imported torch and megatron-core once. A failure on any rank fails the test with that rank's traceback.
+    The function must be importable (module level) and its results picklable. Processes of gloo see no GPU, and are
+    forked from a server that has imported torch and megatron-core once. Those of NCCL have one GPU each, and start
+    anew: CUDA does not survive a fork. A failure on any rank fails the test with that rank's traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
+    context: Any = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+    if backend == "gloo":
+        context.set_forkserver_preload(PRELOAD)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
+    with patch.dict(os.environ, hidden), tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         processes: list[BaseProcess] = []
         readers: list[Connection] = []
         for rank in range(world):
             reader, writer = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(function, arguments, rank, world, meeting, writer))
+            process = context.Process(target=_rank, args=(function, arguments, rank, world, meeting, backend, writer))
             process.start()
             writer.close()
             processes.append(process)

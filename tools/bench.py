@@ -37,12 +37,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     kernels.add_argument(
         "--tune", action="store_true", help="first measure launches and write kernels/configs/DEVICE.json"
     )
-    _step_options(commands.add_parser("train", help="training steps"))
+    steps = commands.add_parser("train", help="training steps")
+    _step_options(steps)
     _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
     everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint, data (with --input) and train")
     _data_options(everything, required=False)
     _step_options(everything)
-    everything.add_argument("--minutes", type=float, default=9.0, metavar="M", help="begin nothing more after so long")
+    for command, minutes in ((steps, float("inf")), (everything, 9.0)):
+        command.add_argument(
+            "--minutes", type=float, default=minutes, metavar="M", help="begin nothing more after so long"
+        )
     for command in commands.choices.values():
         command.add_argument("--work", type=Path, metavar="DIR", help="folder for what is written meanwhile")
         command.add_argument("--output", type=Path, default=Path("benchmarks"), metavar="DIR", help="of the rows")

@@ -14,7 +14,11 @@ from megatron.core import parallel_state
 
 from megacpt.bench.rows import OURS
 from megacpt_kernels.cross_entropy import cross_entropy_reference, vocab_parallel_cross_entropy
-from megacpt_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from megacpt_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_sum,
+)
 from megacpt_kernels.rmsnorm import rms_norm, rms_norm_reference
 from megacpt_kernels.rope import rope, rope_reference
 from megacpt_kernels.swiglu import swiglu, swiglu_reference
@@ -207,6 +211,9 @@ def linear_cross_entropy_case(tokens: int, width: int, vocabulary: int) -> Kerne
 
     forms: dict[str, Form] = {
         OURS: lambda i: linear_cross_entropy(i["x"], i["weight"], i["targets"]),
+        f"{OURS}, sum": lambda i: linear_cross_entropy_sum(
+            i["x"], i["weight"], i["targets"], torch.ones_like(i["targets"])
+        )[0],
         "torch": eager,
         "torch.compile": compiled(eager),
     }

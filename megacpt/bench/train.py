@@ -19,13 +19,21 @@ from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
 from megacpt.train.metrics import mfu
 
+TRAINER = "megacpt.bench.train_ours"
 CONTESTANTS: Mapping[str, tuple[str, ...]] = {
-    OURS: ("megacpt.bench.train_ours",),
-    "megatron-core's specs": ("megacpt.bench.train_ours", "--stock"),
+    OURS: (TRAINER,),
+    "megatron-core's specs": (TRAINER, "--stock"),
     "Hugging Face Trainer": ("megacpt.bench.train_hf",),
-    "HF Trainer, torch.compile": ("megacpt.bench.train_hf", "--compile"),
 }
-"""Module and flags by name; ours first, since the others' losses are compared with it. Those with --compile on GPUs."""
+"""Module and flags by name; ours first, since the others' losses are compared with it."""
+GPU_CONTESTANTS: Mapping[str, tuple[str, ...]] = {
+    "HF Trainer, torch.compile": ("megacpt.bench.train_hf", "--compile"),
+    f"{OURS}, FP8 tensorwise": (TRAINER, "model.fp8=hybrid", "model.fp8_recipe=tensorwise"),
+    f"{OURS}, own SwiGLU": (TRAINER, "model.swiglu_fusion_impl=megacpt"),
+    f"{OURS}, own RoPE": (TRAINER, "model.rope_fusion_impl=megacpt"),
+    f"{OURS}, loss of hidden states": (TRAINER, "model.cross_entropy_fusion_impl=linear"),
+}
+"""And on a GPU: what a CPU has not, and what a measurement has to decide (docs/parallelism.md)."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Of the losses of the first steps, relative: beyond it somebody trains something else, and has no speed."""
 
@@ -85,9 +93,10 @@ def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, c
     config = write_case(case, folder, run.dtype, run.steps)
     title = f"{case.title}, {run.dtype}"
     found: dict[str, list[Result]] = {}
+    contestants = {**CONTESTANTS, **(GPU_CONTESTANTS if torch.cuda.is_available() else {})}
     for round_ in range(run.rounds):
-        for name, (module, *flags) in CONTESTANTS.items():
-            if (round_ and name not in found) or ("--compile" in flags and not torch.cuda.is_available()):
+        for name, (module, *flags) in contestants.items():
+            if round_ and name not in found:
                 continue
             if name != OURS and time.monotonic() > run.deadline:
                 continue

@@ -1,4 +1,4 @@
-"""Our trainer's steps, timed: `python -m megacpt.bench.train_ours CONFIG RESULT [--stock]`.
+"""Our trainer's steps, timed: `python -m megacpt.bench.train_ours CONFIG RESULT [--stock] [section.key=value ...]`.
 
 --stock: the same trainer on megatron-core's own layer specs, as Megatron-LM builds them.
 """
@@ -11,6 +11,7 @@ import torch
 from megacpt.bench.contestant import Result, Stopwatch
 from megacpt.config.architecture import Architecture
 from megacpt.config.load import load_config
+from megacpt.config.tree import Model
 from megacpt.runtime.setup import quiet_third_parties, setup, teardown
 from megacpt.train.build import build_job
 from megacpt.train.planning import make_plan
@@ -26,7 +27,7 @@ def use_stock_specs() -> None:
 
     from megacpt.model import build
 
-    def stock(architecture: Architecture, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
+    def stock(architecture: Architecture, model: Model, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
         assert architecture.normalization == "RMSNorm"
         if engine:
             layer = get_gpt_layer_with_transformer_engine_spec()
@@ -43,7 +44,7 @@ def main() -> None:
     quiet_third_parties()
     if "--stock" in flags:
         use_stock_specs()
-    config = load_config(config_path, [])
+    config = load_config(config_path, [flag for flag in flags if flag != "--stock"])
     plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
     job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
     result, watch = Result(), Stopwatch()

@@ -6,11 +6,22 @@ Pure: whether the package and the card are there is asked in `megacpt.runtime.en
 from collections.abc import Iterator
 
 from megacpt.config.architecture import Architecture
-from megacpt.config.tree import Config
+from megacpt.config.tree import Config, Model
 from megacpt.errors import UserError
 
 FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """Both dimensions of an FP8 matmul's operands are multiples of this."""
+
+
+FP8_KEYS = (
+    "fp8_recipe",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
 
 
 def check_engine(config: Config, architecture: Architecture, *, engine: bool, on_gpu: bool, bf16: bool) -> None:
@@ -28,6 +39,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_needs_engine(config, engine),
         *_needs_gpu(config, on_gpu, engine),
         *_layers(config, architecture, engine),
+        *_kernels(config, architecture),
         *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
         *_context_parallel(config, architecture),
@@ -90,6 +102,11 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
         )
 
 
+def _kernels(config: Config, architecture: Architecture) -> Iterator[str]:
+    if config.model.swiglu_fusion_impl == "megacpt" and not architecture.swiglu:
+        yield "model.swiglu_fusion_impl megacpt fuses the gate of an MLP that has one; leave it out for this model"
+
+
 def _loss(config: Config, bf16: bool) -> Iterator[str]:
     model = config.model
     if model.cross_entropy_fusion_impl == "te" and not model.cross_entropy_loss_fusion:
@@ -103,9 +120,8 @@ def _loss(config: Config, bf16: bool) -> Iterator[str]:
 
 def _fp8(config: Config, architecture: Architecture, bf16: bool) -> Iterator[str]:
     model = config.model
+    yield from _fp8_without_effect(model)
     if model.fp8 is None:
-        if model.first_last_layers_bf16:
-            yield "model.first_last_layers_bf16 is about layers in FP8, and model.fp8 is null; set both or neither"
         return
     if not bf16:
         yield f"model.fp8 {model.fp8} needs precision.dtype bf16; set it, or model.fp8 to null"
@@ -120,6 +136,22 @@ def _fp8(config: Config, architecture: Architecture, bf16: bool) -> Iterator[str
         if model.first_last_layers_bf16 and count > stage_layers:
             yield f"model.{name} {count} is more than the {stage_layers} layers of a pipeline stage; lower it"
     yield from _fp8_shapes(config, architecture)
+
+
+def _fp8_without_effect(model: Model) -> Iterator[str]:
+    """Keys that are set and that nothing would read."""
+    changed = {name for name in FP8_KEYS if getattr(model, name) != type(model).model_fields[name].default}
+    if model.fp8 is None:
+        for name in FP8_KEYS:
+            if name in changed:
+                yield f"model.{name} is about layers in FP8, and model.fp8 is null; set both or neither"
+        return
+    for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+        if name in changed and model.fp8_recipe != "delayed":
+            yield f"model.{name} is about fp8_recipe delayed, and this one is {model.fp8_recipe}; leave it out"
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if name in changed and not model.first_last_layers_bf16:
+            yield f"model.{name} does nothing without model.first_last_layers_bf16; set both or neither"
 
 
 def _fp8_shapes(config: Config, architecture: Architecture) -> Iterator[str]:

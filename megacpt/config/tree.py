@@ -136,6 +136,13 @@ class Model(Section):
         description="ours, with the gradient written over the logits; ours through the output layer, in chunks of "
         "tokens, so that full logits never exist; megatron-core's; or Transformer Engine's",
     )
+    swiglu_fusion_impl: Literal["native", "megacpt"] = Field(
+        "native",
+        description="megacpt: our kernel; native: megatron-core's fused one with Transformer Engine, else none",
+    )
+    rope_fusion_impl: Literal["native", "megacpt"] = Field(
+        "native", description="megacpt: our kernel; native: Transformer Engine's with its layers, else none"
+    )
     cuda_graph_impl: Literal["none", "local"] = Field(
         "none", description="local: megatron-core captures each layer's forward and backward as CUDA graphs"
     )

@@ -78,8 +78,9 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         use_cpu_initialization=not on_gpu,
         # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
         gradient_accumulation_fusion=model.gradient_accumulation_fusion and apex_adds_gradients(),
-        bias_activation_fusion=options.engine and architecture.swiglu,
-        apply_rope_fusion=options.engine,
+        bias_activation_fusion=options.engine and architecture.swiglu and model.swiglu_fusion_impl == "native",
+        use_te_activation_func=model.swiglu_fusion_impl == "megacpt",
+        apply_rope_fusion=options.engine and model.rope_fusion_impl == "native",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -120,7 +121,7 @@ def build_chunks(
             options.engine,
             model.own_loss,
             transformer_layer_spec=block_spec(
-                architecture, get_num_layers_to_build(config, vp_stage=vp_stage), engine=options.engine
+                architecture, model, get_num_layers_to_build(config, vp_stage=vp_stage), engine=options.engine
             ),
             vocab_size=padded,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -170,7 +171,10 @@ def slot_classes(chunk: LanguageModel) -> dict[str, str]:
         "core_attention": layer.self_attention.core_attention,
         "linear_proj": layer.self_attention.linear_proj,
         "pre_mlp_layernorm": layer.pre_mlp_layernorm,
+        "self_attention": layer.self_attention,
         "linear_fc1": layer.mlp.linear_fc1,
         "linear_fc2": layer.mlp.linear_fc2,
     }
+    if isinstance(layer.mlp.activation_func, torch.nn.Module):
+        slots["activation_func"] = layer.mlp.activation_func
     return {slot: f"{type(module).__module__}.{type(module).__qualname__}" for slot, module in slots.items()}

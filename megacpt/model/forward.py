@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megacpt.model.gpt import unwrap
+from megacpt_kernels.token_losses import SourceSums
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,26 +67,25 @@ def context_part(batch: Batch, size: int, rank: int) -> Batch:
     return {name: part(tensor) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}
 
 
-def loss_sums(losses_BS: torch.Tensor, mask_BS: torch.Tensor, source_B: torch.Tensor, sources: int) -> torch.Tensor:
-    """Loss and unmasked tokens by source: float64 [2, sources]."""
-    per_sample = torch.stack([(losses_BS.detach() * mask_BS).double().sum(1), mask_BS.double().sum(1)])
-    return per_sample.new_zeros(2, sources).index_add_(1, source_B, per_sample)
-
-
-def _loss(batch: Batch, sources: int, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask = batch["loss_mask"]
-    losses_BS = losses_BS.view_as(mask)
-    sums = loss_sums(losses_BS, mask, batch["source"], sources)
-    return (losses_BS * mask).sum(), mask.sum().to(torch.int), sums
+def _loss(
+    mask: torch.Tensor, sums: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a micro-batch: the sum of its losses, the tokens that have one, and both by source, float64 [2, sources]."""
+    return total, mask.sum().to(torch.int), sums
 
 
 def forward_step(
     sources: int, device: torch.device, iterator: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Any, Callable[..., Any]]:
     """Run one micro-batch through this stage; returns its output and the function that turns it into the loss."""
-    batch, inputs = stage_inputs(next(iterator), device, engine=unwrap(model).engine)
-    losses = model(**inputs)
-    return losses, partial(_loss, batch, sources)
+    own = unwrap(model)
+    batch, inputs = stage_inputs(next(iterator), device, engine=own.engine)
+    if not own.post_process:
+        return model(**inputs), _loss
+    labels = inputs["labels"]
+    ids = batch["source"][:, None].expand_as(batch["labels"]).reshape(labels.shape)
+    mask, tally = batch["loss_mask"].view(labels.shape), SourceSums.zeros(ids, sources)
+    return model(**inputs, loss_mask=mask, sources=tally), partial(_loss, mask, tally.sums)
 
 
 def stage_inputs(batch: Batch, device: torch.device, *, engine: bool) -> tuple[Batch, dict[str, Any]]:

@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpt_kernels.rmsnorm import rms_norm
+from megacpt_kernels.rope import rope
+from megacpt_kernels.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -50,6 +53,49 @@ class LayerNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise [s, b, h] over h; torch's kernel is fp32 inside, the input's dtype outside."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class SwiGLU(torch.nn.Module):
+    """Our SwiGLU kernel for the activation slot; `config.use_te_activation_func` is what opens that slot."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Gate and up side by side, [s, b, 2f / TP], to [s, b, f / TP]."""
+        return swiglu(x)
+
+
+class RotatingSelfAttention(SelfAttention):
+    """SelfAttention whose queries and keys our RoPE kernel rotates where they lie in the fused projection.
+
+    megatron-core is told of no phases, and so rotates nothing. Phases are [s, 1, 1, R], or [s, b, 1, R] if samples have
+    phases of their own; of packed documents, those of each token.
+    """
+
+    _phases: torch.Tensor | None = None
+
+    def forward(
+        self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As SelfAttention's."""
+        self._phases = rotary_pos_emb
+        output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(*args, rotary_pos_emb=None, **kwargs)
+        return output
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Query [s, b, n, d] and key [s, b, g, d], rotated, and value."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        phases, self._phases = self._phases, None
+        assert phases is not None
+        return rotated(query, phases), rotated(key, phases), value
+
+
+def rotated(x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
+    """Heads [s, b, h, d] rotated by phases [s, 1 or b, 1, R]."""
+    if phases.shape[1] == 1:
+        return rope(x, phases)
+    return rope(x.flatten(0, 1), phases.flatten(0, 1)[:, None]).view(x.shape)
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -23,7 +23,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpt.config.architecture import Architecture
-from megacpt.model.layers import LayerNorm, ParallelResidualLayer, RMSNorm, SDPAttention
+from megacpt.config.tree import Model
+from megacpt.model.layers import (
+    LayerNorm,
+    ParallelResidualLayer,
+    RMSNorm,
+    RotatingSelfAttention,
+    SDPAttention,
+    SwiGLU,
+)
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 # With Transformer Engine the two norms live inside the linear layers that follow them. Checkpoints use those names, so
@@ -39,36 +47,52 @@ class Slots:
     """One class for each slot; a norm that is inside the linear layer after it is an IdentityOp.
 
     Attributes:
+        self_attention: holds the attention slots, and rotates queries and keys.
         norm: before attention and before the MLP.
         final_norm: after the last layer.
         column: qkv and fc1, cut by rows.
         row: proj and fc2, cut by columns.
+        activation: None: megatron-core's functions, which have no class.
     """
 
+    self_attention: type
     norm: type
     final_norm: type
     column: type
     row: type
     attention: type
+    activation: type | None
 
 
-def slots(architecture: Architecture, *, engine: bool) -> Slots:
+def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
     """The only place that chooses classes; a kernel that fills a slot better is named here."""
+    self_attention = RotatingSelfAttention if model.rope_fusion_impl == "megacpt" else SelfAttention
+    activation = SwiGLU if model.swiglu_fusion_impl == "megacpt" else None
     if engine:
         return Slots(
+            self_attention=self_attention,
             norm=IdentityOp,
             final_norm=TENorm,
             column=TELayerNormColumnParallelLinear,
             row=TERowParallelLinear,
             attention=TEDotProductAttention,
+            activation=activation,
         )
     norm = NORMS[architecture.normalization]
-    return Slots(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention)
+    return Slots(
+        self_attention=self_attention,
+        norm=norm,
+        final_norm=norm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        attention=SDPAttention,
+        activation=activation,
+    )
 
 
-def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:
+def layer_spec(architecture: Architecture, model: Model, *, engine: bool) -> ModuleSpec:
     """One transformer layer: attention and MLP, each behind its norm, each added to the residual."""
-    fill = slots(architecture, engine=engine)
+    fill = slots(architecture, model, engine=engine)
     attention = SelfAttentionSubmodules(
         linear_qkv=fill.column,
         core_attention=fill.attention,
@@ -81,18 +105,24 @@ def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=fill.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=fill.self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=fill.norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fill.column, linear_fc2=fill.row)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=fill.column, linear_fc2=fill.row, activation_func=fill.activation),
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if engine else CHECKPOINT_NAMES,
         ),
     )
 
 
-def block_spec(architecture: Architecture, layers_on_this_stage: int, *, engine: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    architecture: Architecture, model: Model, layers_on_this_stage: int, *, engine: bool
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or chunk of one) and the final norm, which the last stage builds."""
-    layers = [layer_spec(architecture, engine=engine)] * layers_on_this_stage
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=slots(architecture, engine=engine).final_norm)
+    layers = [layer_spec(architecture, model, engine=engine)] * layers_on_this_stage
+    final_norm = slots(architecture, model, engine=engine).final_norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)

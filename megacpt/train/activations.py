@@ -16,24 +16,26 @@ from megacpt.train.memory import FP32, Setting
 def logits_bytes(setting: Setting) -> int:
     """Logits and cross-entropy of one micro-batch.
 
-    Ours keeps the logits themselves, and that of hidden states none. And per token the target (int64), the normaliser
-    and the loss (fp32), and the loss mask (fp32).
+    Ours keeps the logits themselves, and per token the target (int64), the normaliser (fp32) and the mask (uint8). That
+    of hidden states has made its gradients: the output layer's in fp32, and the hidden states' in the place of these.
 
     megatron-core's `vocab_parallel_cross_entropy` turns an fp32 copy of the logits into the softmax and keeps it; an
     fp32 model's logits are their own copy. Beside it in bf16: the logits while it is made, their gradient when it is
-    used. And per token the target's place (int64), whether it is on this rank (bool), and the loss mask (fp32).
+    used. And per token the target's place (int64), whether it is on this rank (bool), and the mask (bool).
 
     Transformer Engine's fused loss writes the gradient over the logits and keeps nothing beside it.
     """
     item = setting.dtype.itemsize
     model = setting.config.model
-    if model.own_loss is not None:
-        width = setting.vocabulary_rows * item if model.own_loss == "megacpt" else 0
-        return tokens_of(setting) * (width + 8 + 3 * FP32)
+    if model.own_loss == "linear":
+        table = setting.vocabulary_rows * setting.architecture.hidden_size * FP32
+        return table + full_stream_bytes(setting) - stream_bytes(setting)
+    if model.own_loss == "megacpt":
+        return tokens_of(setting) * (setting.vocabulary_rows * item + 8 + FP32 + 1)
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te":
-        return tokens_of(setting) * (setting.vocabulary_rows * item + FP32)
+        return tokens_of(setting) * (setting.vocabulary_rows * item + 1)
     width = setting.vocabulary_rows * (FP32 + (item if item < FP32 else 0))
-    return tokens_of(setting) * (width + 8 + 1 + FP32)
+    return tokens_of(setting) * (width + 8 + 1 + 1)
 
 
 def chunk_bytes(setting: Setting, stage: int, chunk: int) -> int:

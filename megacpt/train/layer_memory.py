@@ -14,8 +14,9 @@ f FFN, H heads and G query groups of D channels, t = TP, and u = t with sequence
 
 q is d, and 1 in a layer whose matmuls are in FP8 (with scales 33/32 under blockwise and mxfp8); the output of attention
 is then there twice. The local layer keeps cosines and sines, 4 s d D, and with documents a mask. An MLP without a gate
-saves GELU's input, d f / t, in place of SwiGLU's. Under a parallel residual the norms share their input. On a CPU a
-local RMSNorm is composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
+saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save on a GPU what Transformer Engine's do, on a
+CPU the local column in fp32. Under a parallel residual the norms share their input. On a CPU a local RMSNorm is
+composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
 
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The
 other one was read off Transformer Engine's sources (2.20) and has not been measured.
@@ -61,7 +62,6 @@ def layer_bytes(setting: Setting, number: int) -> LayerBytes:
     mixed = shape.qkv_size // (1 if gathered else tp)
     fp8 = is_fp8(setting, number)
     linear_input = _input_bytes(setting, number) if trains else _nothing
-    activation = (2 if setting.engine else 4) if shape.swiglu else 1
     again = linear_input(channels * heads * tokens) if fp8 else 0
     inputs = 1 if shape.use_parallel_residual else 2
     return LayerBytes(
@@ -70,7 +70,7 @@ def layer_bytes(setting: Setting, number: int) -> LayerBytes:
         fc1_input=linear_input(hidden * tokens),
         attention=tokens * item * (mixed + channels * (2 * heads + keys)) + again + _phases(setting),
         core=tokens * FP32 * heads + _mask(setting),
-        mlp=tokens * item * activation * ffn + linear_input(ffn * tokens),
+        mlp=tokens * _activation(setting) * ffn + linear_input(ffn * tokens),
     )
 
 
@@ -138,11 +138,25 @@ def _nothing(elements: int) -> int:
     return 0
 
 
+def _activation(setting: Setting) -> int:
+    """Bytes that the MLP's activation saves for each column of its hidden layer."""
+    item = setting.dtype.itemsize
+    if not setting.architecture.swiglu:
+        return item
+    if setting.config.model.swiglu_fusion_impl == "megacpt":
+        # A CPU composes it in fp32: gate and up, the sigmoid, its product with the gate.
+        return 2 * item if setting.on_gpu else 4 * FP32
+    return (2 if setting.engine else 4) * item
+
+
 def _phases(setting: Setting) -> int:
-    """Cosines and sines of query and key; the fused RoPE keeps angles that all layers share."""
-    if setting.engine:
-        return 0
+    """Cosines and sines of query and key; a fused RoPE keeps angles that all layers share."""
     data, item = setting.config.data, setting.dtype.itemsize
+    ours = setting.config.model.rope_fusion_impl == "megacpt"
+    if setting.engine or (ours and setting.on_gpu):
+        return 0
+    if ours:
+        item = FP32
     rows = setting.config.train.micro_batch_size if data.reset_position_ids else 1
     return 4 * data.seq_length * setting.architecture.rotary_channels * item * rows
 

@@ -5,7 +5,7 @@ beside it in `megacpt.train.activations`, dW the gradient of a weight before it 
 
 - *Loss.* The schedule is full on the last stage and the loss goes backward: dW of the output layer and the gradient of
   its input beside the logits' gradient, which ours writes over the logits; megatron-core's copies it where vocabulary
-  padding is masked.
+  padding is masked. The loss of hidden states has made its gradients in forward, beside a chunk of logits.
 - *Layer.* The first layer of a backward pass: the incoming gradient, and the largest of
   fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed.
   With full recomputation the unit that is computed again is there too.
@@ -26,7 +26,7 @@ from megacpt.train.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from megacpt.train.layer_memory import tokens_of
+from megacpt.train.layer_memory import sequence_shards, tokens_of
 from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
 from megacpt_kernels.linear_cross_entropy import HeadOptions
 from megacpt_kernels.vocabulary import SLICE_BYTES
@@ -131,8 +131,9 @@ def _own_loss(setting: Setting, own: str) -> int:
     chunk = min(HeadOptions().chunk_bytes, tokens * setting.vocabulary_rows * item)
     if item < FP32 and not setting.on_gpu:
         copies = max(copies, chunk // item * FP32 + tokens * hidden * FP32)
-    # Chunks' weight gradients add up in fp32, and are rounded to the weight's dtype at the end.
-    return stream + max(chunk + copies + table * FP32, table * (FP32 + (item if item < FP32 else 0)))
+    # Forward has hidden states beside their gradient; backward rounds the weight's to its dtype.
+    states = stream + (stream_bytes(setting) if sequence_shards(setting) > 1 else 0)
+    return max(states + chunk + copies, table * item if item < FP32 else 0)
 
 
 def _layer(setting: Setting, stage: int) -> int:

@@ -1,18 +1,38 @@
 """The contestants themselves, in processes of their own, on a model of two layers."""
 
+import shutil
 from types import MappingProxyType
 
 import pytest
 
 from megacpt.bench import checkpoint, train
+from megacpt.bench.contestant import read_result
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import TrainCase
+from megacpt.bench.train_case import TrainCase, run_module, write_case
 from megacpt.errors import UserError
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
 CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
 
 CONTESTANTS = {OURS, "megatron-core's specs", "Hugging Face Trainer"}
+
+
+def test_keys_of_the_contestants_on_a_gpu_are_keys(tmp_path):
+    """Those that a CPU has as well train here, and the same."""
+    from megacpt.config.load import load_config
+
+    path = write_case(CASES["small"], tmp_path, "fp32", 4)
+    ours = [flags for module, *flags in train.GPU_CONTESTANTS.values() if module == train.TRAINER]
+    assert len(ours) == 4
+    for flags in ours:
+        load_config(str(path), flags)
+    flags = [flag for more in ours for flag in more if "fp8" not in flag]
+    losses = []
+    for words in ([], flags):
+        run_module(train.TRAINER, path, tmp_path / "result.json", *words)
+        losses.append(read_result(tmp_path / "result.json").losses)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,12 @@ def test_keys_of_the_engine_need_it(sections: dict[str, Any], words: list[str]) 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_our_swiglu_needs_a_gate() -> None:
+    with pytest.raises(UserError, match="swiglu_fusion_impl megacpt fuses the gate"):
+        check(model={"swiglu": False, "swiglu_fusion_impl": "megacpt"})
+    check(model={"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"})
+
+
 @pytest.mark.parametrize(
     ("sections", "word"),
     [
@@ -88,6 +94,16 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
     [
         ({"model": {"use_parallel_residual": True}}, ["parallel residual", "local"]),
         ({"model": {"first_last_layers_bf16": True}}, ["first_last_layers_bf16", "fp8 is null"]),
+        ({"model": {"fp8_recipe": "blockwise"}}, ["fp8_recipe", "fp8 is null"]),
+        ({"model": {"fp8_amax_history_len": 16}}, ["fp8_amax_history_len", "fp8 is null"]),
+        (
+            {"model": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_margin": 1}},
+            ["fp8_margin", "delayed", "tensorwise"],
+        ),
+        (
+            {"model": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "num_layers_at_start_in_bf16": 2}},
+            ["num_layers_at_start_in_bf16", "first_last_layers_bf16"],
+        ),
         ({"model": {"fp8": "hybrid", "first_last_layers_bf16": True}}, ["fp8_recipe delayed", "tensorwise"]),
         (
             {

@@ -52,6 +52,8 @@ model.tp_comm_overlap
 model.gradient_accumulation_fusion
 model.cross_entropy_loss_fusion
 model.cross_entropy_fusion_impl
+model.swiglu_fusion_impl
+model.rope_fusion_impl
 model.cuda_graph_impl
 model.recompute_granularity
 model.recompute_modules

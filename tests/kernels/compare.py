@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megacpt_kernels import rmsnorm, rope, source_sums, swiglu, vocabulary
+from megacpt_kernels import rmsnorm, rope, swiglu, token_losses, vocabulary
 from megacpt_kernels.launch import Launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -14,7 +14,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 
 def use_small_launches(put: Callable[[Any, str, Any], object]) -> None:
-    for module in (rmsnorm, rope, source_sums, swiglu, vocabulary):
+    for module in (rmsnorm, rope, swiglu, token_losses, vocabulary):
         put(module, "launch_for", lambda *_: Launch(block=16, warps=1))
 
 

@@ -17,12 +17,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megacpt_kernels import rmsnorm, rope, source_sums, swiglu, vocabulary
+from megacpt_kernels import rmsnorm, rope, swiglu, token_losses, vocabulary
 from megacpt_kernels.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
-MODULES = (rmsnorm, rope, source_sums, swiglu, vocabulary)
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+MODULES = (rmsnorm, rope, swiglu, token_losses, vocabulary)
 KERNELS = [
     (module, name)
     for module in MODULES
@@ -79,7 +86,7 @@ def stack_bytes(cubin: bytes) -> int:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Compiled]:
     torch.use_deterministic_algorithms(False)  # which would fill gigabytes with NaN
     monkeypatch.setattr(rmsnorm, "multiprocessors", lambda _: 132)
-    for module in (source_sums, vocabulary):
+    for module in (token_losses, vocabulary):
         monkeypatch.setattr(module, "runs_triton", lambda *_: True)
     stands = {}
     for module, name in KERNELS:
@@ -138,9 +145,9 @@ def test_cross_entropy(compiled: dict[str, Compiled], columns: int, real: int) -
     logits, targets = bf16(8192, columns), torch.empty(8192, dtype=torch.int64)
     shard = vocabulary.Shard.of(columns, real, None)
     local = vocabulary.statistics(logits, targets, shard)
-    normaliser, losses = vocabulary.token_losses(local[None], torch.empty(8192, dtype=torch.uint8))
+    sources = token_losses.SourceSums.zeros(targets, 100)
+    normaliser, losses = token_losses.token_losses(local[None], torch.empty(8192, dtype=torch.uint8), sources)
     vocabulary.logit_gradient_(logits, targets, normaliser, losses, shard)
-    source_sums.source_sums(losses, targets, 100, targets)
     assert all_accesses_are_wide(compiled["vocabulary_statistics_kernel"].ptx[0], 2)
     assert all_accesses_are_wide(compiled["vocabulary_gradient_kernel"].ptx[0], 2)
     assert {stack for stand in compiled.values() for stack in stand.stack} == {0}
@@ -161,11 +168,12 @@ def test_small_sizes_and_other_types(compiled: dict[str, Compiled], size: int, d
     targets, mask = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)
     shard = vocabulary.Shard(size, size - 1, size * (size - 1), None)
     ranks = vocabulary.statistics(x, targets, shard).expand(size, 3, size)
-    normaliser, losses = vocabulary.token_losses(ranks, None if size == 1 else mask)
+    sources = token_losses.SourceSums(targets, torch.zeros(2, size, dtype=torch.float64))
+    normaliser, losses = token_losses.token_losses(ranks, None if size == 1 else mask, sources)
+    token_losses.token_losses(ranks, mask)
     vocabulary.logit_gradient_(x, targets, normaliser, losses, shard)
-    source_sums.source_sums(losses, targets, size, None if size == 1 else mask)
     assert all(stand.ptx for stand in compiled.values())
 
 
 def test_every_kernel_is_among_them() -> None:
-    assert len(KERNELS) == 9
+    assert len(KERNELS) == 8

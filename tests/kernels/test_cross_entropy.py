@@ -115,5 +115,14 @@ def test_what_does_not_belong_together_is_refused() -> None:
         vocab_parallel_cross_entropy(torch.ones(2, 4), torch.ones(3).long())
     with pytest.raises(ValueError, match="real_rows is 5"):
         vocab_parallel_cross_entropy(torch.ones(2, 4), torch.ones(2).long(), real_rows=5)
-    with pytest.raises(ValueError, match="adjacent in memory"):
-        vocab_parallel_cross_entropy(torch.ones(4, 2).t(), torch.ones(2).long())
+    targets = torch.zeros(4).long()
+    for logits in (torch.ones(2, 4).t(), torch.ones(1, 6).expand(4, 6), torch.ones(4, 2, 6).transpose(0, 1)[:, ::2]):
+        with pytest.raises(ValueError, match="cannot be overwritten"):
+            vocab_parallel_cross_entropy(logits, targets.view(logits.shape[:-1]))
+    with pytest.raises(ValueError, match="not float64"):
+        vocab_parallel_cross_entropy(torch.ones(4, 6).double(), targets)
+
+
+def test_one_column_may_have_any_stride(device: str, small_launches: None) -> None:
+    logits = torch.randn(6, 4, device=device).t()[:, :1]
+    assert (vocab_parallel_cross_entropy(logits, torch.zeros(4, device=device).long()) == 0).all()

@@ -22,7 +22,6 @@ OPERATIONS = {
     "cross_entropy_statistics",
     "cross_entropy_gradient",
     "token_losses",
-    "source_sums",
 }
 
 
@@ -70,6 +69,9 @@ def test_the_fastest_launch_that_fits_is_taken() -> None:
 
     options = launch.candidates(LARGE)
     assert {LARGE.block * 4, LARGE.block // 2} < {option.block for option in options}
+    small = launch.candidates(Launch(1024, 4))
+    assert len(small) == 12
+    assert {(option.stages, option.per_sm) for option in small} == {(1, 1)}
     best = launch.tune(run, options, lambda call: abs(call().block - 2000) + call().stages + 1 / call().warps)
     assert (best.block, best.stages, best.warps) == (2048, 1, 16)
     with pytest.raises(ValueError, match="none of the launches fits"):

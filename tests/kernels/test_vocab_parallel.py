@@ -1,4 +1,4 @@
-"""Two ranks that share a padded vocabulary, against one rank with all of it in torch fp32, and megatron-core's own."""
+"""Two and three ranks with a padded vocabulary: one rank with all of it in torch fp32, and megatron-core's own loss."""
 
 import pytest
 import torch
@@ -8,12 +8,14 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 
 from megacpt_kernels.cross_entropy import vocab_parallel_cross_entropy
 from megacpt_kernels.linear_cross_entropy import HeadOptions, linear_cross_entropy, linear_cross_entropy_sum
+from megacpt_kernels.token_losses import SourceSums
 from tests.kernels.compare import assert_close, use_small_launches
 from tests.ranks import run_ranks
 
 TOKENS, HIDDEN = 11, 8
-CASES = [(45, 64), (20, 64), (50, 50)]
-"""Tokens and padded rows of a vocabulary: the second rank has 13 of 32, none of 32, all of 25."""
+CASES = [(45, 66), (20, 66), (54, 54)]
+"""Tokens and padded rows of a vocabulary: the last rank has some, none, or all of its rows."""
+SOURCES = torch.arange(TOKENS) % 3
 
 
 def case(real: int, padded: int) -> tuple[torch.Tensor, ...]:
@@ -56,8 +58,9 @@ def shard_of(real: int, padded: int) -> dict[str, torch.Tensor]:
     results = {}
 
     logits = (hidden @ weight.t()).detach().requires_grad_()
-    losses = vocab_parallel_cross_entropy(logits * 1, targets, upstream, real_rows=rows, group=group)
-    results["losses"] = losses.detach()
+    sources = SourceSums.zeros(SOURCES, 3)
+    losses = vocab_parallel_cross_entropy(logits * 1, targets, upstream, real_rows=rows, group=group, sources=sources)
+    results["losses"], results["sums"] = losses.detach(), sources.sums
     (results["dlogits"],) = torch.autograd.grad((losses * upstream).sum(), logits)
 
     masked = logits.detach().clone()
@@ -69,10 +72,11 @@ def shard_of(real: int, padded: int) -> dict[str, torch.Tensor]:
     results["linear"] = losses.detach()
     results["dhidden"], results["dweight"] = torch.autograd.grad((losses * upstream).sum(), [hidden, weight])
 
+    sources = SourceSums.zeros(SOURCES, 3)
     total, losses = linear_cross_entropy_sum(
-        hidden, weight, targets, upstream, real_rows=rows, group=group, options=options
+        hidden, weight, targets, upstream, real_rows=rows, group=group, options=options, sources=sources
     )
-    results["sum"] = total.detach()
+    results["sum"], results["linear_sums"] = total.detach(), sources.sums
     results["dhidden_sum"], results["dweight_sum"] = torch.autograd.grad(total, [hidden, weight])
 
     options = HeadOptions(reduce_hidden_grad=False)
@@ -81,15 +85,15 @@ def shard_of(real: int, padded: int) -> dict[str, torch.Tensor]:
     return results
 
 
-@pytest.fixture(scope="module")
-def both() -> list[list[dict[str, torch.Tensor]]]:
-    return run_ranks(on_this_rank, 2)
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> list[list[dict[str, torch.Tensor]]]:
+    return run_ranks(on_this_rank, request.param)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_two_ranks_are_one(both: list[list[dict[str, torch.Tensor]]], number: int) -> None:
+def test_they_are_one(ranks: list[list[dict[str, torch.Tensor]]], number: int) -> None:
     expected, upstream = on_one_rank(*CASES[number]), case(*CASES[number])[3]
-    parts = [results[number] for results in both]
+    parts = [results[number] for results in ranks]
     for part in parts:
         counted = upstream != 0
         assert counted.sum() == TOKENS - 1
@@ -97,8 +101,11 @@ def test_two_ranks_are_one(both: list[list[dict[str, torch.Tensor]]], number: in
         assert (part["losses"][~counted] == 0).all()
         assert_close([part["megatron"], part["linear"]], [expected["losses"]] * 2, 1e-5)
         assert_close([part["sum"]], [(expected["losses"] * upstream).sum()], 1e-5)
+        lost = torch.stack((expected["losses"].where(counted, 0.0), counted.float())).double()
+        by_source = torch.zeros(2, 3, dtype=torch.float64).index_add_(1, SOURCES, lost)
+        assert_close([part["sums"], part["linear_sums"]], [by_source] * 2, 1e-5)
         assert_close([part["dhidden"], part["dhidden_sum"]], [expected["dhidden"]] * 2, 1e-5)
     for name, whole, axis in (("dlogits", "dlogits", 1), ("dweight", "dweight", 0), ("dweight_sum", "dweight", 0)):
         assert_close([torch.cat([part[name] for part in parts], axis)], [expected[whole]], 1e-5)
-    assert_close([parts[0]["dhidden_part"] + parts[1]["dhidden_part"]], [expected["dhidden"]], 1e-5)
-    assert torch.equal(parts[0]["losses"], parts[1]["losses"])
+    assert_close([sum(part["dhidden_part"] for part in parts)], [expected["dhidden"]], 1e-5)
+    assert all(torch.equal(part["losses"], parts[0]["losses"]) for part in parts)

@@ -4,6 +4,7 @@ Transformer Engine's attention does not run on a CPU. What feeds it does: here a
 segment takes its slot, in the layout [t, h, d] that the real one gets, and the losses have to be those of the mask.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,10 @@ def losses(config: Config, packed: bool) -> tuple[Any, Any, float]:
     """Of a step's batches: loss by source, what scoring sees by sample, and a gradient norm, on this rank."""
     plan = make_plan(config, dist.get_world_size(), on_gpu=False)
     setup(plan.layout, 1, threads=1)
-    local = spec.slots(plan.architecture, engine=False)
+    local = spec.slots(plan.architecture, config.model, engine=False)
     if packed:
-        stand_in = spec.Slots(local.norm, local.final_norm, local.column, local.row, SegmentAttention)
-        spec.slots = lambda architecture, *, engine: stand_in
+        stand_in = replace(local, attention=SegmentAttention)
+        spec.slots = lambda architecture, model, *, engine: stand_in
     made = transformer_config(plan.architecture, config.model, BuildOptions(plan.dtype, restart_positions=True))
     options = BuildOptions(plan.dtype, restart_positions=True, engine=packed)
     chunks = build_chunks(plan.architecture, config.model, made, options)
@@ -93,10 +94,14 @@ def losses(config: Config, packed: bool) -> tuple[Any, Any, float]:
     [{}, {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}],
     ids=["one rank", "PP2", "TP2, SP"],
 )
-def test_packed_documents_are_the_masked_ones(tmp_path: Path, model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kernel", [None, "packed", "masked"])
+def test_packed_documents_are_the_masked_ones(tmp_path: Path, model: dict[str, Any], kernel: str | None) -> None:
+    """With megatron-core's rotation, and with ours on either side."""
     config = small_config(tmp_path, model, data=DOCUMENTS)
+    ours = small_config(tmp_path, model | {"rope_fusion_impl": "megacpt"}, data=DOCUMENTS)
     world = max(config.model.pipeline_model_parallel_size, config.model.tensor_model_parallel_size)
-    masked, packed = (run_ranks(losses, world, config, way) for way in (False, True))
+    ways = {"masked": False, "packed": True}
+    masked, packed = (run_ranks(losses, world, ours if kernel == name else config, way) for name, way in ways.items())
     for expected, found in zip(masked, packed, strict=True):
         assert torch.tensor(found[0]).allclose(torch.tensor(expected[0]), rtol=1e-5)
         assert (found[1] is None) == (expected[1] is None)

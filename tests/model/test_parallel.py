@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.jobs import NOTHING, Section, relative_difference, small_config, train_steps
+from tests.jobs import NEOX, NOTHING, Section, relative_difference, small_config, train_steps
 from tests.ranks import run_ranks
 
 TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -119,6 +119,23 @@ def test_loss_of_hidden_states(folder: Path, world: int, layout: Section, tied: 
     """Without whole logits the steps are those of the loss over logits; padding is the second rank's."""
     model = {"vocab_size": 1000, "untie_embeddings_and_output_weights": not tied}
     check(folder, world, model, {**layout, "cross_entropy_fusion_impl": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        pytest.param(1, {}, id="one"),
+        pytest.param(4, {PP: 2, **SP}, id="tp2-pp2-sp"),
+        pytest.param(1, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, id="selective"),
+        pytest.param(1, FULL, id="full"),
+    ],
+)
+def test_our_kernels_in_the_layers(folder: Path, world: int, layout: Section):
+    check(folder, world, {}, {**layout, "swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"})
+
+
+def test_our_rotation_of_some_channels(folder: Path):
+    check(folder, 2, NEOX, {TP: 2, "rope_fusion_impl": "megacpt"})
 
 
 def test_the_loss_is_megatron_cores(folder: Path):

@@ -14,6 +14,7 @@ from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config
+from megacpt.model.layers import RotatingSelfAttention, SwiGLU
 from megacpt.model.spec import Slots, layer_spec, slots
 from megacpt.runtime.engine import ENGINE, import_problem
 from megacpt.runtime.setup import Layout, setup
@@ -22,6 +23,7 @@ from tests.ranks import run_ranks
 
 LINEARS = "megatron.core.tensor_parallel.layers"
 OURS = "megacpt.model.layers"
+SELF_ATTENTION = "megatron.core.transformer.attention.SelfAttention"
 MEGATRON_LAYER = "megatron.core.transformer.transformer_layer.TransformerLayer"
 
 
@@ -50,6 +52,7 @@ def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Sect
             {
                 "layer": layer,
                 "input_layernorm": f"{OURS}.{norm}",
+                "self_attention": SELF_ATTENTION,
                 "linear_qkv": f"{LINEARS}.ColumnParallelLinear",
                 "core_attention": f"{OURS}.SDPAttention",
                 "linear_proj": f"{LINEARS}.RowParallelLinear",
@@ -59,6 +62,26 @@ def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Sect
             }
         ]
     assert [norms for _, norms in results] == [[None]] * (pipeline_parallel - 1) + [[f"{OURS}.{norm}"]]
+
+
+def test_our_kernels_fill_slots_when_they_are_asked_for(tmp_path: Path) -> None:
+    """Nobody has measured that they win, so that nothing chooses them by itself."""
+    default = small_config(tmp_path).model
+    assert (default.swiglu_fusion_impl, default.rope_fusion_impl) == ("native", "native")
+    asked = small_config(tmp_path, {"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"})
+    (((found,), _),) = run_ranks(classes, 1, asked)
+    assert found["activation_func"] == f"{OURS}.SwiGLU"
+    assert found["self_attention"] == f"{OURS}.RotatingSelfAttention"
+    for engine in (False, True):
+        filled = slots(small()[1], asked.model, engine=engine)
+        assert (filled.activation, filled.self_attention) == (SwiGLU, RotatingSelfAttention)
+        options = BuildOptions(torch.bfloat16, restart_positions=False, engine=engine)
+        made = transformer_config(small()[1], asked.model, options)
+        assert (made.use_te_activation_func, made.bias_activation_fusion, made.apply_rope_fusion) == (
+            True,
+            False,
+            False,
+        )
 
 
 TE = "megatron.core.extensions.transformer_engine"
@@ -85,20 +108,23 @@ def test_the_engine_fills_its_slots_by_name() -> None:
     import megatron.core.extensions.transformer_engine as te
 
     expected = {
+        "self_attention": "SelfAttention",
+        "activation": None,
         "norm": "IdentityOp",
         "final_norm": "TENorm",
         "column": "TELayerNormColumnParallelLinear",
         "row": "TERowParallelLinear",
         "attention": "TEDotProductAttention",
     }
-    found = slots(small()[1], engine=True)
+    config, architecture = small()
+    found = slots(architecture, config.model, engine=True)
     assert {field.name for field in fields(Slots)} == expected.keys()
     for slot, name in expected.items():
-        if name.startswith("TE"):
+        if name is not None and name.startswith("TE"):
             assert getattr(found, slot) is getattr(te, name)
         else:
-            assert getattr(found, slot).__name__ == name
-    assert not layer_spec(small()[1], engine=True).submodules.sharded_state_dict_keys_map
+            assert getattr(getattr(found, slot), "__name__", None) == name
+    assert not layer_spec(architecture, config.model, engine=True).submodules.sharded_state_dict_keys_map
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
@@ -159,6 +185,7 @@ def test_class_in_every_slot_of_the_engine(normalization: str) -> None:
     assert classes_ == {
         "layer": MEGATRON_LAYER,
         "input_layernorm": "megatron.core.transformer.identity_op.IdentityOp",
+        "self_attention": SELF_ATTENTION,
         "linear_qkv": f"{TE}.TELayerNormColumnParallelLinear",
         "core_attention": f"{TE}.TEDotProductAttention",
         "linear_proj": f"{TE}.TERowParallelLinear",

@@ -183,6 +183,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP2 = TP2 | {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+KERNELS = {"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"}
 TIED = {"untie_embeddings_and_output_weights": False}
 FROZEN = {"freeze": {"bottom": 1, "top": 2}}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
@@ -228,6 +229,12 @@ RUNS = {
     "megatron-core's loss": (1, "fp32", {"model": {"cross_entropy_loss_fusion": False}}),
     "loss of hidden states": (1, "fp32", {"model": {"cross_entropy_fusion_impl": "linear"}}),
     "loss of hidden states, TP2, SP, bf16": (2, "bf16", {"model": SP2 | {"cross_entropy_fusion_impl": "linear"}}),
+    "our kernels": (1, "fp32", {"model": KERNELS}),
+    "our kernels, TP2, bf16, mlp": (
+        2,
+        "bf16",
+        {"model": TP2 | KERNELS | {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
+    ),
     "few tokens": (1, "fp32", {"data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
     "few tokens, PP2, bf16": (2, "bf16", {"model": PP2, "data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
     "long, no padding": (1, "fp32", {"model": {"vocab_size": 1024}, "data": {"seq_length": 256}}),
