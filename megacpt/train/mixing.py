@@ -130,10 +130,11 @@ def _solve(
     notes: list[str] = []
     for number, phase in enumerate(data.phases):
         where = f"data.phases[{number}]"
-        sample = _begin(where, phase, mixture, schedule)
-        if passes is not None and (late := -sample % passes.samples):
-            notes.append(f"{where} waits for the end of a pass: sample {sample:,} -> {sample + late:,}")
-            sample += late
+        asked = sample = _begin(where, phase, mixture, schedule)
+        if passes is not None and asked > start.sample:
+            sample = start.sample + passes.samples * _passes_before(asked - start.sample, phase, passes, data, start)
+            if sample > asked:
+                notes.append(f"{where} waits for the end of a pass: sample {asked:,} -> {sample:,}")
         if shifts and sample <= shifts[-1].sample:
             raise UserError(f"{where} begins at sample {sample:,}, not after the phase before it; put them in order")
         if sample >= mixture.start.sample + mixture.samples:
@@ -144,6 +145,14 @@ def _solve(
         shifts.append(Shift(sample, {name: changed.get(name) or 0.0 for name in named}))
     course = Course(passes, tuple(shifts))
     return solve(sources, size, train.global_batch_size, train.seed, budget, start, course), tuple(notes)
+
+
+def _passes_before(samples: int, phase: Phase, passes: Passes, data: Data, start: Start) -> int:
+    """Whole passes of the mixture before a phase that is asked for after so many samples of it."""
+    if phase.after_tokens is None or data.mixture.pass_tokens is None:
+        return -(-samples // passes.samples)
+    # Counted in the tokens that were asked for: a pass of whole samples has a few more or less than pass_tokens.
+    return -(-(phase.after_tokens - start.sample * data.seq_length) // data.mixture.pass_tokens)
 
 
 def _check_sum(where: str, weights: Mapping[str, float | None]) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture, Start
 from megacpt.data.tokens.indexed import write_dataset
 from megacpt.errors import UserError
-from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
+from megacpt.train.mixing import _solve, named_sources, open_corpora, solve_mixture
 from megacpt.train.schedule import LRSchedule
 
 GENERAL = ("github", "wikipedia", "books", "arxiv", "stackexchange")
@@ -99,6 +99,25 @@ def test_a_phase_of_passes_waits_for_the_end_of_one(folder: Path) -> None:
         "data.phases[1] waits for the end of a pass: sample 563 -> 600",
         "data.phases[1] begins at sample 600, after the end of the mixture: it never does",
     )
+
+
+def test_a_phase_after_whole_passes_does_not_wait_for_another_one(folder: Path) -> None:
+    # 1607 tokens are 100 samples of 16 and 7 tokens, which two passes do not make a sample of.
+    recipe = {"with": "medical", "replay": 0.1, "pass_tokens": 1607, "passes": 4}
+    phases = [{"after_tokens": 2 * 1607, "replay": 0.4}]
+    mixture, notes = mixture_of(config_of(folder, {"medical": None, "web": None}, mixture=recipe, phases=phases))
+    assert [segment.counts for segment in mixture.segments] == [(180, 20), (120, 80)]
+    assert notes == ()
+
+
+def test_phases_of_a_mixture_that_took_over_begin_with_its_passes(folder: Path) -> None:
+    recipe = {"with": "medical", "replay": 0.1, "pass_tokens": 1600, "passes": 4}
+    phases = [{"after_tokens": 2000, "replay": 0.4}]
+    config = config_of(folder, {"medical": None, "web": None}, mixture=recipe, phases=phases)
+    corpora = open_corpora(named_sources(config.data))
+    mixture, _ = _solve(config, corpora, LRSchedule(lr=1e-3), Start(30, {"medical": 30}))
+    assert [segment.start.sample for segment in mixture.segments] == [30, 130]
+    assert [segment.counts for segment in mixture.segments] == [(90, 10), (180, 120)]
 
 
 @pytest.mark.parametrize(
