@@ -41,6 +41,8 @@ def named_sources(data: Data) -> dict[str, SourceSection]:
     for name, source in named.items():
         if source.tokens is not None and source.subset is None:
             raise UserError(f"data.sources.{name}.tokens takes the best of a subset; set subset, or unset tokens")
+        if mixture.passes is not None and source.epochs is not None:
+            raise UserError(f"data.sources.{name}.epochs do not go with passes of a mixture; unset them or passes")
         if mixture.passes is None and (source.redraw is not None or source.repeat):
             key = "repeat" if source.repeat else "redraw"
             raise UserError(f"data.sources.{name}.{key} is about passes of the mixture; set data.mixture.passes")
@@ -105,6 +107,9 @@ def _solve(
     own = {name: source.weight for name, source in named.items()}
     recipe = Recipe(data.mixture.preset, tuple(data.mixture.replace), data.mixture.with_, data.mixture.replay)
     weights = shares(recipe, own, tokens)
+    if recipe.domain is not None and named[recipe.domain].epochs is not None:
+        # What the others leave is the domain's already, in as many passes as are asked for.
+        weights[recipe.domain] = None
     sources = [
         Source(
             name,

@@ -67,6 +67,14 @@ def test_pass_tokens_are_rounded_to_whole_samples(folder: Path) -> None:
         assert mixture.samples == 2 * samples
 
 
+def test_replay_beside_passes_over_the_domain(folder: Path) -> None:
+    config = config_of(folder, {"medical": {"epochs": 3}, "web": None}, mixture={"with": "medical", "replay": "10%"})
+    mixture, _ = mixture_of(config)
+    medical, web = mixture.counts
+    assert mixture.epochs(mixture.stop)["medical"] == 3
+    assert web == round(medical / 9)
+
+
 def test_megatron_s_blend_is_sources_with_weights(folder: Path) -> None:
     for blend in (f"0.3 {folder}/web 0.7 {folder}/code", ["0.3", f"{folder}/web", 0.7, f"{folder}/code"]):
         mixture, _ = mixture_of(config_of(folder, {}, {"train_iters": 10}, data_path=blend))
@@ -127,6 +135,7 @@ def test_phases_of_a_mixture_that_took_over_begin_with_its_passes(folder: Path) 
         ({"web": {"weight": 1.0}}, {"data_path": "x"}, r"data\.sources and data\.data_path are both set"),
         ({"web": {"weight": 1.0}}, {"mixture": {"passes": 2}}, r"passes and pass_tokens go together"),
         ({"web": {"weight": 1.0, "tokens": 5}}, {}, r"sources\.web\.tokens takes the best of a subset"),
+        ({"web": {"epochs": 2}}, {"mixture": {"passes": 2, "pass_tokens": 1600}}, "do not go with passes of a mixture"),
         ({"web": {"weight": 1.0, "redraw": "once"}}, {}, r"sources\.web\.redraw is about passes"),
         ({"web": {"weight": 1.0, "repeat": True}}, {}, r"sources\.web\.repeat is about passes"),
         ({"web": {"weight": 1.0}}, {"phases": [{"weights": {"web": 1}}]}, r"phases\[0\]: set after_tokens or when_lr"),
