@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> ScoresManifest:
         if options.model is None:
             raise UserError("--scorer kenlm needs --model; train one with tools/train_kenlm.py")
         if options.eval_set:
-            raise UserError("--eval-set is of --scorer dsir; a KenLM model is compared by tools/train_kenlm.py --eval-set")
+            raise UserError(
+                "--eval-set is of --scorer dsir; a KenLM model is compared by tools/train_kenlm.py --eval-set"
+            )
         spec, record = kenlm_scorer(options.model, normalization(options.normalization))
     elif kind == "dsir" and not name:
         raw_bytes = max(1, options.raw_megabytes) * 1_000_000

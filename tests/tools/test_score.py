@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacpt.data.scores import kenlm_model, normalize
+from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization, normalizer
 from megacpt.data.tokens.indexed import IndexedDataset
 from tests.tools.conftest import TEXTS, Run
@@ -41,11 +43,11 @@ def test_perplexities_are_those_of_kenlm(small: Path, tmp_path: Path, run: Run) 
     )
     assert code == 0, err
     assert "(2 without a word) scored by kenlm, lower is better; quartiles" in out
-    model, normalize = kenlm.Model(str(small / "model.arpa")), normalizer(Normalization())
+    model, normalized = kenlm.Model(str(small / "model.arpa")), normalizer(Normalization())
     found = values(output)
     assert len(found) == len(IndexedDataset(small / "data_text_document")) == len(TEXTS) + 3
     for text, score in zip(TEXTS, found.tolist(), strict=False):
-        lines = [line.decode() for line in normalize([text])[0].lines]
+        lines = [line.decode() for line in normalized([text])[0].lines]
         total = sum(model.score(line) for line in lines)
         assert score == pytest.approx(10 ** (-total / sum(len(line.split()) + 1 for line in lines)), rel=1e-6)
         if len(lines) == 1:
@@ -67,6 +69,16 @@ def test_a_single_line_has_kenlms_perplexity(small: Path, tmp_path: Path, run: R
     model = kenlm.Model(str(small / "model.arpa"))
     normalized = [line.lower().replace("12", "00") for line in lines]
     assert values(tmp_path / "s.npy").tolist() == pytest.approx([model.perplexity(x) for x in normalized], rel=1e-6)
+
+
+def test_a_long_document_is_scored_in_pieces(small: Path) -> None:
+    texts = ["one line", "\n".join(TEXTS[:40]), "", "\n\n", "x\n" * 30]
+    scorer = PerplexityScorer(small / "model.arpa", Normalization())
+    whole = scorer.score(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (normalize, kenlm_model):
+            patch.setattr(module, "LONG", 50)
+        assert scorer.score(texts).tolist() == pytest.approx(whole.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("scorer", ["kenlm", "dsir", "column:quality"])
