@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megacpt.data.scores.corpora import Corpus, TextFiles, TokenDataset
-from megacpt.data.scores.histogram import plot_scores
+from megacpt.data.scores.histogram import check_plotting, plot_scores
 from megacpt.data.scores.normalize import Normalization, spelled_normalization
 from megacpt.data.scores.score_run import ScoreJob, score
 from megacpt.data.scores.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
@@ -73,12 +73,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> ScoresManifest:
     """Score as the options say."""
+    if options.plot is not None:
+        check_plotting()
     corpus = open_corpus(options)
     kind, _, name = options.scorer.partition(":")
     spec: ScorerSpec
     if kind == "kenlm" and not name:
         if options.model is None:
             raise UserError("--scorer kenlm needs --model; train one with tools/train_kenlm.py")
+        if options.eval_set:
+            raise UserError(
+                "--eval-set is of --scorer dsir; a KenLM model is compared by tools/train_kenlm.py --eval-set"
+            )
         spec, record = kenlm_scorer(options.model, normalization(options.normalization))
     elif kind == "dsir" and not name:
         raw_bytes = max(1, options.raw_megabytes) * 1_000_000

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megacpt.config.quantity import parse_count, parse_share
-from megacpt.data.scores.histogram import plot_scores
+from megacpt.data.scores.histogram import check_plotting, plot_scores
 from megacpt.data.subset.select_run import Selected, SelectJob, select
 from megacpt.data.subset.selection import ORDERS
 from megacpt.errors import UserError, exit_code
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> Selected:
     """Select as the options say; warn of overlap."""
     if options.plot is not None and options.scores is None:
         raise UserError("--plot draws scores; give --scores")
+    if options.plot is not None:
+        check_plotting()
     job = SelectJob(
         data=options.data,
         tokens=quantity("--tokens", options.tokens, parse_count),

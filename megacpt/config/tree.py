@@ -236,8 +236,8 @@ class Train(Section):
     """Budget, batch and seed."""
 
     train_iters: PositiveInt | None = Field(None, description="steps; with epochs: an early stop")
-    train_samples: PositiveInt | None = Field(None, description="budget in samples (mixtures without epochs)")
-    train_tokens: PositiveInt | None = Field(None, description="budget in target tokens (mixtures without epochs)")
+    train_samples: Count | None = Field(None, description="budget in samples (mixtures without epochs)")
+    train_tokens: Count | None = Field(None, description="budget in target tokens (mixtures without epochs)")
     micro_batch_size: PositiveInt = Field(1, description="samples per forward pass and data-parallel rank")
     global_batch_size: PositiveInt = Field(description="samples per step over all ranks")
     seed: int = Field(1234, ge=0, lt=2**63, description="seed of weights and of the order of data")

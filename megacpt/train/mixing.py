@@ -41,6 +41,8 @@ def named_sources(data: Data) -> dict[str, SourceSection]:
     for name, source in named.items():
         if source.tokens is not None and source.subset is None:
             raise UserError(f"data.sources.{name}.tokens takes the best of a subset; set subset, or unset tokens")
+        if mixture.passes is not None and source.epochs is not None:
+            raise UserError(f"data.sources.{name}.epochs do not go with passes of a mixture; unset them or passes")
         if mixture.passes is None and (source.redraw is not None or source.repeat):
             key = "repeat" if source.repeat else "redraw"
             raise UserError(f"data.sources.{name}.{key} is about passes of the mixture; set data.mixture.passes")
@@ -105,6 +107,9 @@ def _solve(
     own = {name: source.weight for name, source in named.items()}
     recipe = Recipe(data.mixture.preset, tuple(data.mixture.replace), data.mixture.with_, data.mixture.replay)
     weights = shares(recipe, own, tokens)
+    if recipe.domain is not None and named[recipe.domain].epochs is not None:
+        # What the others leave is the domain's already, in as many passes as are asked for.
+        weights[recipe.domain] = None
     sources = [
         Source(
             name,
@@ -130,10 +135,11 @@ def _solve(
     notes: list[str] = []
     for number, phase in enumerate(data.phases):
         where = f"data.phases[{number}]"
-        sample = _begin(where, phase, mixture, schedule)
-        if passes is not None and (late := -sample % passes.samples):
-            notes.append(f"{where} waits for the end of a pass: sample {sample:,} -> {sample + late:,}")
-            sample += late
+        asked = sample = _begin(where, phase, mixture, schedule)
+        if passes is not None and asked > start.sample:
+            sample = start.sample + passes.samples * _passes_before(asked - start.sample, phase, passes, data, start)
+            if sample > asked:
+                notes.append(f"{where} waits for the end of a pass: sample {asked:,} -> {sample:,}")
         if shifts and sample <= shifts[-1].sample:
             raise UserError(f"{where} begins at sample {sample:,}, not after the phase before it; put them in order")
         if sample >= mixture.start.sample + mixture.samples:
@@ -144,6 +150,14 @@ def _solve(
         shifts.append(Shift(sample, {name: changed.get(name) or 0.0 for name in named}))
     course = Course(passes, tuple(shifts))
     return solve(sources, size, train.global_batch_size, train.seed, budget, start, course), tuple(notes)
+
+
+def _passes_before(samples: int, phase: Phase, passes: Passes, data: Data, start: Start) -> int:
+    """Whole passes of the mixture before a phase that is asked for after so many samples of it."""
+    if phase.after_tokens is None or data.mixture.pass_tokens is None:
+        return -(-samples // passes.samples)
+    # Counted in the tokens that were asked for: a pass of whole samples has a few more or less than pass_tokens.
+    return -(-(phase.after_tokens - start.sample * data.seq_length) // data.mixture.pass_tokens)
 
 
 def _check_sum(where: str, weights: Mapping[str, float | None]) -> None:

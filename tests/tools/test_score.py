@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacpt.data.scores import kenlm_model, normalize
+from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization, normalizer
 from megacpt.data.tokens.indexed import IndexedDataset
 from tests.tools.conftest import TEXTS, Run
@@ -41,11 +43,11 @@ def test_perplexities_are_those_of_kenlm(small: Path, tmp_path: Path, run: Run) 
     )
     assert code == 0, err
     assert "(2 without a word) scored by kenlm, lower is better; quartiles" in out
-    model, normalize = kenlm.Model(str(small / "model.arpa")), normalizer(Normalization())
+    model, normalized = kenlm.Model(str(small / "model.arpa")), normalizer(Normalization())
     found = values(output)
     assert len(found) == len(IndexedDataset(small / "data_text_document")) == len(TEXTS) + 3
     for text, score in zip(TEXTS, found.tolist(), strict=False):
-        lines = [line.decode() for line in normalize([text])[0].lines]
+        lines = [line.decode() for line in normalized([text])[0].lines]
         total = sum(model.score(line) for line in lines)
         assert score == pytest.approx(10 ** (-total / sum(len(line.split()) + 1 for line in lines)), rel=1e-6)
         if len(lines) == 1:
@@ -67,6 +69,16 @@ def test_a_single_line_has_kenlms_perplexity(small: Path, tmp_path: Path, run: R
     model = kenlm.Model(str(small / "model.arpa"))
     normalized = [line.lower().replace("12", "00") for line in lines]
     assert values(tmp_path / "s.npy").tolist() == pytest.approx([model.perplexity(x) for x in normalized], rel=1e-6)
+
+
+def test_a_long_document_is_scored_in_pieces(small: Path) -> None:
+    texts = ["one line", "\n".join(TEXTS[:40]), "", "\n\n", "x\n" * 30]
+    scorer = PerplexityScorer(small / "model.arpa", Normalization())
+    whole = scorer.score(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (normalize, kenlm_model):
+            patch.setattr(module, "LONG", 50)
+        assert scorer.score(texts).tolist() == pytest.approx(whole.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("scorer", ["kenlm", "dsir", "column:quality"])
@@ -166,6 +178,25 @@ def test_ray_gives_the_same_scores(small: Path, tmp_path: Path, run: Run, monkey
     assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
+@pytest.mark.parametrize("rows", ['{"text": " "}\n', '{"text": "a", "q": -100000}\n' * 3])
+def test_a_plot_of_no_score_or_of_one(tmp_path: Path, small: Path, run: Run, rows: str) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "c.jsonl").write_text(rows)
+    scorer = ["--scorer", "column:q"] if '"q"' in rows else ["--model", small / "model.arpa"]
+    base = ["--input", tmp_path / "c.jsonl", "--output", tmp_path / "s", "--plot", tmp_path / "s.png"]
+    assert run("score", *base, *scorer)[0] == 0
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_first(
+    small: Path, tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    base = ["--input", small / "corpus.jsonl", "--model", small / "model.arpa", "--output", tmp_path / "s"]
+    refuse("--plot: matplotlib is not installed", "score", *base, "--plot", tmp_path / "s.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("matplotlib")
     base = ["--input", small / "corpus.jsonl", "--model", small / "model.arpa", "--output", tmp_path / "s"]
@@ -191,6 +222,11 @@ def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
         ("nan.jsonl:2: the value of 'q' is no finite", ["--input", "nan.jsonl", "--scorer", "column:q"]),
         ("no finite number but 'a'", ["--input", "nan.jsonl", "--scorer", "column:text"]),
         ("--workers 0", ["--input", "corpus.jsonl", "--model", "model.arpa", "--workers", "0"]),
+        ("gone.idx: no such file", ["--data", "gone", "--model", "model.arpa", "--tokenizer-model", "tokenizer.model"]),
+        (
+            "--eval-set is of --scorer dsir",
+            ["--input", "corpus.jsonl", "--model", "model.arpa", "--eval-set", "corpus.jsonl"],
+        ),
         ("needs --tokenizer-model", ["--data", "data_text_document", "--model", "model.arpa"]),
         (
             "not the tokenizer of",
@@ -207,7 +243,7 @@ def test_bad_commands(small: Path, tmp_path: Path, refuse: Refuse, words: str, o
     named = {"--input", "--model", "--data", "--tokenizer-model", "--reference"}
     pairs = zip(options[::2], options[1::2], strict=True)
     placed = [part for key, value in pairs for part in (key, tmp_path / value if key in named else value)]
-    refuse(words, "score", *placed, "--output", tmp_path / "scores")
+    refuse(words, "score", *placed, "--output", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

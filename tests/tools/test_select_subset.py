@@ -40,7 +40,8 @@ def test_lowest_highest_and_random(scored: Path, tmp_path: Path, run: Run) -> No
     subsets = {}
     for order in ("lowest", "highest", "random"):
         code, out, err = run("select_subset", *arguments(scored, tmp_path / order, order=order))
-        assert (code, err) == (0, "")
+        assert code == 0, err
+        assert ("warning: --order highest takes the worst documents first" in err) == (order == "highest")
         assert f"of {dataset.tokens:,} tokens, {order}" in out
         subsets[order] = open_subset(tmp_path / order, dataset)
         assert subsets[order].tokens >= 20_000 > subsets[order].tokens - dataset.lengths[subsets[order].ids[-1]]

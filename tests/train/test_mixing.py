@@ -8,10 +8,10 @@ import pytest
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
-from megacpt.data.mixture.mixture import Mixture
+from megacpt.data.mixture.mixture import Mixture, Start
 from megacpt.data.tokens.indexed import write_dataset
 from megacpt.errors import UserError
-from megacpt.train.mixing import named_sources, open_corpora, solve_mixture
+from megacpt.train.mixing import _solve, named_sources, open_corpora, solve_mixture
 from megacpt.train.schedule import LRSchedule
 
 GENERAL = ("github", "wikipedia", "books", "arxiv", "stackexchange")
@@ -67,6 +67,14 @@ def test_pass_tokens_are_rounded_to_whole_samples(folder: Path) -> None:
         assert mixture.samples == 2 * samples
 
 
+def test_replay_beside_passes_over_the_domain(folder: Path) -> None:
+    config = config_of(folder, {"medical": {"epochs": 3}, "web": None}, mixture={"with": "medical", "replay": "10%"})
+    mixture, _ = mixture_of(config)
+    medical, web = mixture.counts
+    assert mixture.epochs(mixture.stop)["medical"] == 3
+    assert web == round(medical / 9)
+
+
 def test_megatron_s_blend_is_sources_with_weights(folder: Path) -> None:
     for blend in (f"0.3 {folder}/web 0.7 {folder}/code", ["0.3", f"{folder}/web", 0.7, f"{folder}/code"]):
         mixture, _ = mixture_of(config_of(folder, {}, {"train_iters": 10}, data_path=blend))
@@ -101,6 +109,25 @@ def test_a_phase_of_passes_waits_for_the_end_of_one(folder: Path) -> None:
     )
 
 
+def test_a_phase_after_whole_passes_does_not_wait_for_another_one(folder: Path) -> None:
+    # 1607 tokens are 100 samples of 16 and 7 tokens, which two passes do not make a sample of.
+    recipe = {"with": "medical", "replay": 0.1, "pass_tokens": 1607, "passes": 4}
+    phases = [{"after_tokens": 2 * 1607, "replay": 0.4}]
+    mixture, notes = mixture_of(config_of(folder, {"medical": None, "web": None}, mixture=recipe, phases=phases))
+    assert [segment.counts for segment in mixture.segments] == [(180, 20), (120, 80)]
+    assert notes == ()
+
+
+def test_phases_of_a_mixture_that_took_over_begin_with_its_passes(folder: Path) -> None:
+    recipe = {"with": "medical", "replay": 0.1, "pass_tokens": 1600, "passes": 4}
+    phases = [{"after_tokens": 2000, "replay": 0.4}]
+    config = config_of(folder, {"medical": None, "web": None}, mixture=recipe, phases=phases)
+    corpora = open_corpora(named_sources(config.data))
+    mixture, _ = _solve(config, corpora, LRSchedule(lr=1e-3), Start(30, {"medical": 30}))
+    assert [segment.start.sample for segment in mixture.segments] == [30, 130]
+    assert [segment.counts for segment in mixture.segments] == [(90, 10), (180, 120)]
+
+
 @pytest.mark.parametrize(
     ("sources", "data", "message"),
     [
@@ -108,6 +135,7 @@ def test_a_phase_of_passes_waits_for_the_end_of_one(folder: Path) -> None:
         ({"web": {"weight": 1.0}}, {"data_path": "x"}, r"data\.sources and data\.data_path are both set"),
         ({"web": {"weight": 1.0}}, {"mixture": {"passes": 2}}, r"passes and pass_tokens go together"),
         ({"web": {"weight": 1.0, "tokens": 5}}, {}, r"sources\.web\.tokens takes the best of a subset"),
+        ({"web": {"epochs": 2}}, {"mixture": {"passes": 2, "pass_tokens": 1600}}, "do not go with passes of a mixture"),
         ({"web": {"weight": 1.0, "redraw": "once"}}, {}, r"sources\.web\.redraw is about passes"),
         ({"web": {"weight": 1.0, "repeat": True}}, {}, r"sources\.web\.repeat is about passes"),
         ({"web": {"weight": 1.0}}, {"phases": [{"weights": {"web": 1}}]}, r"phases\[0\]: set after_tokens or when_lr"),

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from math import inf, nan
 
 from megacpt.errors import UserError
 
@@ -188,7 +189,7 @@ def named_blend(blend: Iterable[str | float]) -> dict[str, tuple[float, str]]:
     """Megatron's `W1 P1 W2 P2 ...` (or `P1`, alone) as name -> (weight, prefix); a name is the end of its prefix.
 
     Raises:
-        UserError: weights and prefixes do not alternate, or a weight is not a number.
+        UserError: weights and prefixes do not alternate, a weight is no number of 0 or more, or a prefix comes twice.
     """
     parts = list(blend)
     if len(parts) == 1:
@@ -199,11 +200,12 @@ def named_blend(blend: Iterable[str | float]) -> dict[str, tuple[float, str]]:
     for weight, prefix in zip(parts[::2], map(str, parts[1::2]), strict=True):
         try:
             number = float(weight)
-        except ValueError as error:
-            raise UserError(f"data.data_path: {weight!r} before {prefix} is not a weight; give a number") from error
-        short = prefix.rstrip("/").rpartition("/")[2].removesuffix("_document").removesuffix("_text")
-        name = short if short not in named else prefix
-        if name in named:
+        except ValueError:
+            number = nan
+        if not 0 <= number < inf:
+            raise UserError(f"data.data_path: {weight!r} before {prefix} is not a weight; give a number of 0 or more")
+        if prefix in (known for _, known in named.values()):
             raise UserError(f"data.data_path: {prefix} stands twice; give each dataset once")
-        named[name] = (number, prefix)
+        short = prefix.rstrip("/").rpartition("/")[2].removesuffix("_document").removesuffix("_text")
+        named[next(name for name in (short, prefix, f"./{prefix}") if name not in named)] = (number, prefix)
     return named

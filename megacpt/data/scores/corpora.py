@@ -100,7 +100,7 @@ class TokenDataset:
     filters: None = None
 
     def __init__(self, prefix: str, tokenizer_model: str) -> None:
-        made = read_manifest(prefix)
+        dataset, made = IndexedDataset(prefix), read_manifest(prefix)
         if made is None:
             raise UserError(f"{prefix}.json: without a manifest nothing says which tokenizer made it; score text files")
         tokenizer = load_tokenizer(made.tokenizer.type, tokenizer_model)
@@ -109,7 +109,7 @@ class TokenDataset:
                 f"{tokenizer_model}: not the tokenizer of {prefix} (sha256 {tokenizer.sha256[:12]}, "
                 f"its manifest says {made.tokenizer.sha256[:12]}); give --tokenizer-model the one it was made with"
             )
-        self._dataset, self._made, self._model = IndexedDataset(prefix), made, tokenizer_model
+        self._dataset, self._made, self._model = dataset, made, tokenizer_model
         framing = {*tokenizer.encode("", add_special_tokens=True).tolist(), tokenizer.eod_id}
         self._frame = frozenset(token for token in framing if token is not None)
         self.size = len(self._dataset)

@@ -10,11 +10,13 @@ with probabilities from the sums; ranking takes the highest.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 
 import numpy as np
+
+from megacpt.data.scores.normalize import pieces
 
 BUCKETS = 10_000
 TOKEN = re.compile(r"\w+|[^\w\s]+")
@@ -48,22 +50,27 @@ class Buckets:
     def __init__(self) -> None:
         self._known = _TokenHashes()
 
-    def of(self, text: str) -> np.ndarray:
-        """Buckets of a text's unigrams, then bigrams: int64 [2 * tokens - 1], none for a text without tokens."""
-        if len(self._known) > MOST_WORDS:
-            self._known.clear()
-        tokens = TOKEN.findall(text.lower())
-        single = np.fromiter(map(self._known.__getitem__, tokens), dtype=np.uint64, count=len(tokens))
-        pairs = single[:-1] * BIGRAM + single[1:]
-        pairs ^= pairs >> np.uint64(31)
-        return (np.concatenate([single, pairs]) % np.uint64(BUCKETS)).astype(np.int64)
+    def of(self, text: str) -> Iterator[np.ndarray]:
+        """Buckets of a text's unigrams and bigrams, piece by piece: int64 [n], 2 * tokens - 1 in all, or none."""
+        last = np.empty(0, dtype=np.uint64)
+        for piece in pieces(text):
+            if len(self._known) > MOST_WORDS:
+                self._known.clear()
+            tokens = TOKEN.findall(piece.lower())
+            single = np.fromiter(map(self._known.__getitem__, tokens), dtype=np.uint64, count=len(tokens))
+            joined = np.concatenate([last, single])
+            pairs = joined[:-1] * BIGRAM + joined[1:]
+            pairs ^= pairs >> np.uint64(31)
+            last = joined[-1:]
+            yield (np.concatenate([single, pairs]) % np.uint64(BUCKETS)).astype(np.int64)
 
 
 def bucket_counts(texts: Iterable[str]) -> np.ndarray:
     """How often each bucket is met: int64 [BUCKETS]."""
     buckets, counts = Buckets(), np.zeros(BUCKETS, dtype=np.int64)
     for text in texts:
-        counts += np.bincount(buckets.of(text), minlength=BUCKETS)
+        for part in buckets.of(text):
+            counts += np.bincount(part, minlength=BUCKETS)
     return counts
 
 
@@ -85,7 +92,9 @@ class DsirScorer:
         return np.array([self._weight(text) for text in texts], dtype=np.float32)
 
     def _weight(self, text: str) -> float:
-        found = self._ratios[self._buckets.of(text)]
-        if not len(found):
+        total, count = 0.0, 0
+        for part in self._buckets.of(text):
+            total, count = total + float(self._ratios[part].sum()), count + len(part)
+        if not count:
             return float("-inf")
-        return float(found.mean() if self._mean else found.sum())
+        return total / count if self._mean else total

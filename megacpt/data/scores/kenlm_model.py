@@ -7,7 +7,7 @@ The perplexity of a document is CCNet's: 10 to the power of -(sum of log10 p ove
 every sentence scored from <s> to </s>, so each </s> is one of the things predicted. Sentences are lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megacpt.data.scores.kenlm_build import import_kenlm
-from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
+from megacpt.data.scores.normalize import LONG, Normalization, Sentences, normalization_from, normalizer, pieces
 from megacpt.errors import UserError
 from megacpt.files import json_beside, read_json, sha256_of, write_json
 
@@ -119,9 +119,19 @@ class PerplexityScorer:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts]; infinite for a text without a word."""
-        return np.array([self._perplexity(document) for document in self._normalize(texts)], dtype=np.float32)
+        if not any(len(text) > LONG for text in texts):
+            return np.array([_perplexity([self._total(document)]) for document in self._normalize(texts)], np.float32)
+        return np.array([_perplexity(self._totals(text)) for text in texts], np.float32)
 
-    def _perplexity(self, document: Sentences) -> float:
-        if not document.words:
-            return float("inf")
-        return 10.0 ** (-sum(map(self._model.score, document.lines)) / (document.words + len(document.lines)))
+    def _totals(self, text: str) -> Iterator[tuple[float, int]]:
+        """`_total` of each piece of a text."""
+        return (self._total(document) for piece in pieces(text) for document in self._normalize([piece]))
+
+    def _total(self, document: Sentences) -> tuple[float, int]:
+        """log10 p of the sentences of a document, and how many words and ends of sentences that is of."""
+        return sum(map(self._model.score, document.lines)), document.words + len(document.lines)
+
+
+def _perplexity(totals: Iterable[tuple[float, int]]) -> float:
+    log10, count = map(sum, zip(*totals, strict=True))
+    return 10.0 ** (-log10 / count) if count else float("inf")

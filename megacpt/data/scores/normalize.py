@@ -49,6 +49,8 @@ MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
 """Words of the text that KenLM would take for a sentence's edge or for every unknown word."""
 MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:" + b"|".join(MARKS) + rb")(?![^ \n\0])")
 SECOND_OF_MARKS = np.isin(np.arange(256), [mark[1] for mark in MARKS])
+LONG = 1 << 22
+"""Characters from which a text is worked through in pieces."""
 
 
 class Sentences(NamedTuple):
@@ -122,6 +124,15 @@ def normalization_from(values: Any) -> Normalization:
     if not isinstance(values, dict) or {key: type(value) for key, value in values.items()} != expected:
         raise ValueError(f"not a normalisation: {values!r}")
     return Normalization(**values)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut at line feeds into pieces of LONG characters and a little more."""
+    start = 0
+    while len(text) - start > LONG and (end := text.find("\n", start + LONG)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
 
 
 def normalizer(rules: Normalization) -> Normalizer:

@@ -71,7 +71,16 @@ def select(job: SelectJob) -> Selected:
     if job.materialize is not None:
         _copy(job.materialize, dataset, ids, made)
     write_subset(job.output, ids, manifest)
-    return Selected(manifest, scores, overlap_warnings(scores, job.eval_sets))
+    return Selected(manifest, scores, [*_worst_first(job, scores), *overlap_warnings(scores, job.eval_sets)])
+
+
+def _worst_first(job: SelectJob, scores: Scores | None) -> list[str]:
+    """What to tell of an order that begins with the documents that the scorer likes least."""
+    best = {"lowest": "lower_is_better", "highest": "higher_is_better"}.get(job.order)
+    if scores is None or best is None or scores.manifest.direction == best:
+        return []
+    name, direction = scores.manifest.scorer["name"], scores.manifest.direction.replace("_", " ")
+    return [f"--order {job.order} takes the worst documents first: of these scores, {name}'s, {direction}"]
 
 
 def _check(job: SelectJob) -> None:

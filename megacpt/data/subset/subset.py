@@ -94,8 +94,8 @@ def open_subset(path: str | Path, dataset: IndexedDataset, tokens: int | None = 
     Every id is looked at once, in bounded memory: a byte per document of the dataset.
 
     Raises:
-        UserError: a subset of another corpus; ids out of range or repeated; not the documents and tokens that its
-            manifest says; or fewer tokens than were asked for.
+        UserError: a subset of another corpus; ids out of range or repeated; not the documents, tokens or order that
+            its manifest says; or fewer tokens than were asked for.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -110,6 +110,10 @@ def open_subset(path: str | Path, dataset: IndexedDataset, tokens: int | None = 
         raise UserError(
             f"{path}: {len(ids):,} documents of {held:,} tokens, but {json_beside(path).name} says "
             f"{manifest.documents:,} of {manifest.tokens:,}; run tools/select_subset.py again"
+        )
+    if sha256_of_ids(ids) != manifest.sha256:
+        raise UserError(
+            f"{path}: not the ranking that {json_beside(path).name} describes; run tools/select_subset.py again"
         )
     if tokens is None:
         return Subset(ids, held, manifest)

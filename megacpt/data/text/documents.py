@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megacpt.data.text.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
+from megacpt.data.text.parquet import row_blocks
 from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
@@ -19,7 +20,6 @@ from megacpt.files import sha256_of
 BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
 """Read at once to find the end of a line."""
-PARQUET_ROWS = 128
 IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
 PACKED = (".gz", ".zst")
 READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
@@ -274,20 +274,12 @@ class Source:
         row = 0
         try:
             with pyarrow.parquet.ParquetFile(self.path) as table:
-                present = [key for key in keys if key in table.schema_arrow.names]
                 total = table.metadata.num_rows
                 first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)
                 self._set_edges(first, stop, total)
-                first = first if start is None else start
-                groups, row = _row_groups(table.metadata, first, stop)
-                for batch in table.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups, columns=present):
-                    head, tail = max(0, first - row), min(batch.num_rows, stop - row)
-                    at, rows, row = row + head, tail - head, row + batch.num_rows
-                    if rows <= 0:
-                        continue
-                    columns = {key: _values(batch.column(key).slice(head, rows)) for key in present}
-                    consumed = self.size * rows // total
+                for at, rows, columns in row_blocks(table, keys, first if start is None else start, stop, BLOCK_BYTES):
+                    row, consumed = at + rows, self.size * rows // total
                     yield Block(str(self.path), at + 1, consumed, columns=columns, rows=rows, offset=at)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0].rstrip(".")
@@ -326,29 +318,5 @@ def _line_ends(path: str, start: int, stop: int) -> int:
         return sum(handle.read(size).count(b"\n") for size in sizes)
 
 
-def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:
-    """The row groups of a Parquet file that hold rows [first, stop), and the row at which the first of them begins."""
-    groups: list[int] = []
-    row = begins = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if row < stop and row + rows > first:
-            begins = begins if groups else row
-            groups.append(group)
-        row += rows
-    return groups, begins
-
-
 def _after(unit: str, last: int) -> str:
     return f"after {unit} {last:,}" if last else "at its start"
-
-
-def _values(column: Any) -> list[Any]:
-    """A Parquet column's values; bytes of a string column that are not UTF-8 come out as lone surrogates."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        import pyarrow
-
-        binary = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in binary.to_pylist()]

@@ -148,7 +148,8 @@ class IndexedDataset:
         self.dtype, sequences, boundaries = self._read_header(index)
         self._pointers_at = HEADER.size + 4 * sequences
         self._boundaries_at = self._pointers_at + 8 * sequences
-        raw = np.memmap(index.path, mode="r")
+        # Still mapped, but as a plain array, which answers for an element sooner.
+        raw = np.asarray(np.memmap(index.path, mode="r"))
         self.sequences: np.ndarray = raw[HEADER.size : self._pointers_at].view("<i4")
         self.boundaries: np.ndarray = raw[self._boundaries_at :].view("<i8")
         self.tokens = self._check_bounds(index, sequences)

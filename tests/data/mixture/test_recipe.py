@@ -90,10 +90,14 @@ def test_megatron_s_blend():
         "med": (0.7, "data/med_text_document"),
     }
     assert named_blend(["data/web"]) == {"web": (1.0, "data/web")}
-    assert list(named_blend([1, "a/x", 2, "b/x"])) == ["x", "b/x"]
+    assert list(named_blend([1, "a/x", 2, "b/x", 3, "x"])) == ["x", "b/x", "./x"]
     for blend, message in [
         (["1", "a", "2"], "WEIGHT PREFIX"),
         (["a", "1"], "'a' before 1 is not a weight"),
+        (["-1", "a", "2", "b"], "'-1' before a is not a weight; give a number of 0 or more"),
+        (["nan", "a", "2", "b"], "'nan' before a is not a weight"),
+        (["inf", "a", "2", "b"], "'inf' before a is not a weight"),
+        (["1", "a/x", "1", "a/x"], "a/x stands twice"),
         (["1", "a/x", "1", "b/x", "2", "b/x"], "b/x stands twice"),
         ([], "WEIGHT PREFIX"),
     ]:

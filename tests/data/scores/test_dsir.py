@@ -4,29 +4,43 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megacpt.data.scores import normalize
 from megacpt.data.scores.dsir import BUCKETS, Buckets, DsirScorer, bucket_counts, fit
 
 TARGET = ["the patient was given aspirin for pain"] * 5
 RAW = ["def f(x): return x + 1", "class A: pass", "the patient list"] * 5
 
 
+def of(text: str) -> list[int]:
+    return np.concatenate(list(Buckets().of(text))).tolist()
+
+
 def test_buckets_are_unigrams_then_bigrams() -> None:
-    buckets = Buckets()
-    a, b, ab = buckets.of("Aspirin helps").tolist()
-    assert buckets.of("aspirin").tolist() == [a]
-    assert buckets.of("helps  ASPIRIN").tolist()[:2] == [b, a]
-    assert buckets.of("helps aspirin").tolist()[2] != ab
+    a, b, ab = of("Aspirin helps")
+    assert of("aspirin") == [a]
+    assert of("helps  ASPIRIN")[:2] == [b, a]
+    assert of("helps aspirin")[2] != ab
     assert [a, b, ab] == [7497, 565, 489], "buckets do not change from release to release"
-    assert buckets.of(" \n").tolist() == []
-    assert len(buckets.of("p<0.05")) == 2 * 5 - 1
+    assert of(" \n") == []
+    assert len(of("p<0.05")) == 2 * 5 - 1
+
+
+@given(st.text("ab< \n", max_size=40), st.integers(0, 9))
+def test_a_long_text_has_the_buckets_of_the_whole(text: str, long: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normalize, "LONG", long)
+        in_pieces = of(text)
+    assert sorted(in_pieces) == sorted(of(text))
 
 
 def test_weights_are_log_ratios_of_smoothed_frequencies() -> None:
     target, raw = bucket_counts(TARGET), bucket_counts(RAW)
     assert target.sum() == 5 * 13
     scorer = DsirScorer(fit(target, raw))
-    (bucket,) = Buckets().of("aspirin").tolist()
+    (bucket,) = of("aspirin")
     expected = math.log((target[bucket] + 1) / (target.sum() + BUCKETS) / (raw[bucket] + 1) * (raw.sum() + BUCKETS))
     assert scorer.score(["aspirin"])[0] == pytest.approx(expected, rel=1e-6)
     like, unlike, empty = scorer.score(["the patient was given aspirin", "def f(x): pass", ""])

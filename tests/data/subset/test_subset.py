@@ -121,6 +121,8 @@ def test_what_else_is_refused(tmp_path: Path, corpus: Corpus) -> None:
     refused("are no whole number of int64 values")
     path.write_bytes(content[:-8])
     refused("2 documents of 12 tokens, but s.json says 3 of 16")
+    path.write_bytes(content[8:16] + content[:8] + content[16:])
+    refused("not the ranking that s.json describes", tokens=1)
     path.unlink()
     refused("no such file of document numbers")
     path.write_bytes(content)

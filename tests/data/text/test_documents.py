@@ -164,6 +164,24 @@ def test_the_short_way_to_texts_is_the_careful_one(lines, keys):
         assert str(short.value) == str(careful.value)
 
 
+@pytest.mark.parametrize("typed", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_long_rows_of_parquet_are_not_held_together(tmp_path, monkeypatch, typed):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1000)
+    texts = [f"{number} " + "é" * size for number, size in enumerate([1] * 900 + [3000] * 9 + [400] * 30 + [1] * 9)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string()).cast(typed), "n": range(len(texts))}), path)
+    blocks = list(Source(path).blocks(["text", "n"]))
+    assert [text for block in blocks for text in block.columns["text"]] == texts
+    assert [n for block in blocks for n in block.columns["n"]] == list(range(len(texts)))
+    assert sum(block.consumed for block in blocks) <= path.stat().st_size
+    if typed != pa.dictionary(pa.int32(), pa.string()):
+        assert all(len("".join(block.columns["text"][:-1]).encode()) < 1000 for block in blocks)
+        assert len(blocks) < 60
+    for block in blocks:
+        rest = [text for after in Source(path).blocks(["text"], block.end) for text in after.columns["text"]]
+        assert rest == texts[block.end :]
+
+
 def test_bad_rows_of_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     raw = pa.array([b"good", b"\xff", None, b"last"], pa.binary())

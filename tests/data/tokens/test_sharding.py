@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from megacpt.data.text import documents
+from megacpt.data.text import documents, parquet
 from megacpt.data.text.documents import Source
 from megacpt.data.text.rows import parse_block
 from megacpt.data.tokens.encode import Encoding, encode_block
@@ -32,7 +32,7 @@ NAMES = ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.jsonl")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 700)
-    monkeypatch.setattr(documents, "PARQUET_ROWS", 16)
+    monkeypatch.setattr(parquet, "ROWS", 16)
     monkeypatch.setattr("megacpt.data.text.compression.CHUNK_BYTES", 300)
 
 
