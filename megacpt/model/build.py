@@ -166,10 +166,12 @@ def slot_classes(chunk: LanguageModel) -> dict[str, str]:
     slots = {
         "layer": layer,
         "input_layernorm": layer.input_layernorm,
+        "self_attention": layer.self_attention,
         "linear_qkv": layer.self_attention.linear_qkv,
         "core_attention": layer.self_attention.core_attention,
         "linear_proj": layer.self_attention.linear_proj,
         "pre_mlp_layernorm": layer.pre_mlp_layernorm,
+        "mlp": layer.mlp,
         "linear_fc1": layer.mlp.linear_fc1,
         "linear_fc2": layer.mlp.linear_fc2,
     }

@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpt_kernels.rmsnorm import rms_norm
+from megacpt_kernels.rope import rope
+from megacpt_kernels.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -66,6 +70,37 @@ class ParallelResidualLayer(TransformerLayer):
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         normalised = self._forward_pre_mlp_layernorm(hidden_states)
         return self._forward_post_mlp(self.mlp(normalised), attended), context
+
+
+class RotarySelfAttention(SelfAttention):
+    """megatron-core's self-attention with our RoPE, for training on a CPU: no inference, no packed sequences."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *_: object,
+        rotary_pos_emb: torch.Tensor,
+        **__: object,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, h] to [s, b, h] and the output's bias, by phases [s, 1 or b, 1, R]."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query, key = rope(query, rotary_pos_emb), rope(key, rotary_pos_emb)
+        again = self.checkpoint_core_attention and self.training
+        attend = self._checkpointed_attention_forward if again else self.core_attention
+        context = attend(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(context)
+
+
+class SwiGLU(MLP):
+    """megatron-core's MLP with our SwiGLU, for a CPU: its input alone is kept for backward."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, h] to [s, b, h] and the output's bias."""
+        gate_and_up, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_and_up if bias is None else gate_and_up + bias))
 
 
 class SDPAttention(MegatronModule):

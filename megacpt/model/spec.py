@@ -4,8 +4,10 @@ Two of them: `local`, which needs only torch, and `transformer_engine`. docs/par
 there. Loss has no slot in a spec: it is `LanguageModel.compute_language_model_loss`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
@@ -23,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpt.config.architecture import Architecture
-from megacpt.model.layers import LayerNorm, ParallelResidualLayer, RMSNorm, SDPAttention
+from megacpt.model.layers import LayerNorm, ParallelResidualLayer, RMSNorm, RotarySelfAttention, SDPAttention, SwiGLU
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 # With Transformer Engine the two norms live inside the linear layers that follow them. Checkpoints use those names, so
@@ -43,6 +45,9 @@ class Slots:
         final_norm: after the last layer.
         column: qkv and fc1, cut by rows.
         row: proj and fc2, cut by columns.
+        attention: between query, key, value and proj.
+        self_attention: what calls qkv, rotates, and calls attention and proj.
+        mlp: what calls fc1, its activation and fc2.
     """
 
     norm: type
@@ -50,6 +55,8 @@ class Slots:
     column: type
     row: type
     attention: type
+    self_attention: type = SelfAttention
+    mlp: type = MLP
 
 
 def slots(architecture: Architecture, *, engine: bool) -> Slots:
@@ -63,7 +70,10 @@ def slots(architecture: Architecture, *, engine: bool) -> Slots:
             attention=TEDotProductAttention,
         )
     norm = NORMS[architecture.normalization]
-    return Slots(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention)
+    local = Slots(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention)
+    if torch.cuda.is_available():
+        return local
+    return replace(local, self_attention=RotarySelfAttention, mlp=SwiGLU if architecture.swiglu else MLP)
 
 
 def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:
@@ -81,11 +91,11 @@ def layer_spec(architecture: Architecture, *, engine: bool) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=fill.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=fill.self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=fill.norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fill.column, linear_fc2=fill.row)),
+            mlp=partial(fill.mlp.as_mlp_submodule, MLPSubmodules(linear_fc1=fill.column, linear_fc2=fill.row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if engine else CHECKPOINT_NAMES,
         ),
