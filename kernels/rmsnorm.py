@@ -166,15 +166,22 @@ def rms_norm_backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, total, scale = rms_norm_forward(as_rows(x), None, weight, eps)
-        ctx.save_for_backward(total, weight, scale)
+        rows = as_rows(x)
+        if runs_triton(rows, weight):
+            y, _, scale = rms_norm_forward(rows, None, weight, eps)
+        else:
+            y, scale = rms_norm_forward_reference(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, scale)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        dx, dweight = rms_norm_backward(as_rows(dy), None, x, weight, scale)
+        if runs_triton(x, weight):
+            dx, dweight = rms_norm_backward(as_rows(dy), None, x, weight, scale)
+        else:
+            dx, dweight = rms_norm_backward_reference(as_rows(dy), x, weight, scale)
         return dx.view(dy.shape), dweight, None
 
 
@@ -214,6 +221,25 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return normalised.to(x.dtype) * weight.to(x.dtype)
 
 
+def rms_norm_forward_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm_forward` without a residual, in torch: [rows, width] to y and 1 / root mean square."""
+    wide = x.float()
+    scale = (torch.linalg.vector_norm(wide, dim=1).square_() / x.shape[1] + eps).rsqrt_()
+    return (wide * scale[:, None]).to(x.dtype).mul_(weight.to(x.dtype)), scale
+
+
+def rms_norm_backward_reference(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm_backward` in torch. Sums over rows and columns are matrix-vector products: one pass each."""
+    dy, wide, w = dy.float(), x.float(), weight.float()
+    product = dy * wide
+    dweight = scale @ product
+    shift = (product @ w) * scale.pow(3) / -x.shape[1]
+    dx = torch.mul(dy, w, out=product).mul_(scale[:, None]).addcmul_(wide, shift[:, None])
+    return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm_reference`, in Triton where `runs_triton` says so.
 
@@ -221,7 +247,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ValueError: a weight that is not [H], or in Triton an H beyond 65,536.
     """
     _check(x, weight)
-    return _RMSNorm.apply(x, weight, eps) if runs_triton(x, weight) else rms_norm_reference(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def rms_norm_residual(

@@ -21,7 +21,7 @@ from megacpt_kernels.launch import Launch, launch_for
 def _rotate_kernel(
     x_ptr: tl.tensor,  # [s, b, h, d], in, columns adjacent
     y_ptr: tl.tensor,  # [s, b, h, d], out, columns adjacent; may be x
-    phases_ptr: tl.tensor,  # [places, R] fp32, in
+    phases_ptr: tl.tensor,  # [places, 1 or b, R] fp32, in
     positions_ptr: tl.tensor,  # [s] int32 or int64, in: row of phases; None: the place in the sequence
     batch: int,
     heads: int,
@@ -34,7 +34,8 @@ def _rotate_kernel(
     y_s: int,
     y_b: int,
     y_h: int,
-    phases_stride: int,
+    phases_s: int,
+    phases_b: int,  # 0: all samples have the same phases
     INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
     HEADS: tl.constexpr,
@@ -50,7 +51,7 @@ def _rotate_kernel(
     position = place
     if positions_ptr is not None:
         position = tl.load(positions_ptr + place).to(tl.int64)
-    phases_ptr += position * phases_stride
+    phases_ptr += position * phases_s + sample * phases_b
     first_phase = tl.load(phases_ptr + first, mask=pair < pairs, other=0.0).to(tl.float32)
     second_phase = tl.load(phases_ptr + second, mask=pair < pairs, other=0.0).to(tl.float32)
     first_cos = (tl.cos(first_phase) * mscale)[None, :]
@@ -86,9 +87,13 @@ def rotate(
     backward: bool,
     launch: Launch | None = None,
 ) -> None:
-    """Triton's rotation of x [s, b, h, d] into y (which may be x), by phases [places, R]; `backward` transposes it."""
+    """Triton's rotation of x [s, b, h, d] into y (which may be x); `backward` transposes it.
+
+    Args:
+        phases: [places, 1 or b, R].
+    """
     length, batch, heads, width = x.shape
-    pairs = phases.shape[1] // 2
+    pairs = phases.shape[2] // 2
     rest = 0 if y.data_ptr() == x.data_ptr() else width - 2 * pairs
     padded = triton.next_power_of_2(pairs)
     launch = launch or launch_for("rope", width, x.element_size(), x.device)
@@ -107,6 +112,7 @@ def rotate(
         *x.stride()[:3],
         *y.stride()[:3],
         phases.stride(0),
+        phases.stride(1) if phases.shape[1] > 1 else 0,
         INTERLEAVED=interleaved,
         BACKWARD=backward,
         HEADS=min(max(1, launch.block // padded), triton.next_power_of_2(heads)),
@@ -114,6 +120,36 @@ def rotate(
         REST=triton.next_power_of_2(rest) if rest else 0,
         num_warps=launch.warps,
     )
+
+
+def rotate_reference(
+    x: torch.Tensor,
+    phases: torch.Tensor,
+    positions: torch.Tensor | None,
+    *,
+    interleaved: bool,
+    mscale: float,
+    backward: bool,
+) -> torch.Tensor:
+    """`rotate` in torch, into a new tensor: two passes over x, where `rope_reference` and its gradient take a dozen."""
+    rotary = phases.shape[2]
+    angles = (phases[: x.shape[0]] if positions is None else phases[positions])[:, :, None]
+    cos, sin = angles.cos() * mscale, angles.sin() * mscale
+    first, second = (
+        (slice(0, rotary, 2), slice(1, rotary, 2))
+        if interleaved
+        else (slice(0, rotary // 2), slice(rotary // 2, rotary))
+    )
+    first_sin, second_sin = -sin[..., first], sin[..., second]
+    if backward:
+        first_sin, second_sin = second_sin, first_sin
+    wide = x.float()
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    torch.mul(wide[..., :rotary], cos, out=y[..., :rotary])
+    y[..., first].addcmul_(wide[..., second], first_sin)
+    y[..., second].addcmul_(wide[..., first], second_sin)
+    y[..., rotary:] = wide[..., rotary:]
+    return y.to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
@@ -131,6 +167,9 @@ class _Rope(torch.autograd.Function):
         ctx.options = {"interleaved": interleaved, "mscale": mscale}
         if in_place:
             ctx.mark_dirty(x)
+        if not runs_triton(x, phases):
+            rotated = rotate_reference(_as_sbhd(x), phases, positions, **ctx.options, backward=False).view(x.shape)
+            return x.copy_(rotated) if in_place else rotated
         source = x if x.stride(-1) == 1 else x.contiguous()
         y = x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rotate(_as_sbhd(source), _as_sbhd(y), phases, positions, **ctx.options, backward=False)
@@ -140,6 +179,9 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         phases, positions = ctx.saved_tensors
+        if not runs_triton(dy, phases):
+            dx = rotate_reference(_as_sbhd(dy), phases, positions, **ctx.options, backward=True).view(dy.shape)
+            return dx, None, None, None, None, None
         source = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
         rotate(_as_sbhd(source), _as_sbhd(dx), phases, positions, **ctx.options, backward=True)
@@ -162,7 +204,8 @@ def rope_reference(
 
     Args:
         x: [s, b, h, d], or [t, h, d] of packed documents; fp32 or bf16.
-        phases: Megatron's rotary embedding [places, 1, 1, R] fp32, R even and at most d. Angles in radians.
+        phases: Megatron's rotary embedding [places, 1, 1, R] fp32, R even and at most d. Angles in radians. With a
+            second dimension of b, each sample has its own.
         positions: [s] or [t] integers, the row of `phases` for each token (`packed_positions`); None: its index.
         interleaved: pairs are neighbouring columns, not columns half of R apart.
         mscale: factor on cosine and sine (YaRN's; 1 otherwise).
@@ -170,9 +213,8 @@ def rope_reference(
     Returns:
         The shape and dtype of `x`.
     """
-    angles = phases.flatten(0, -2).float()
+    angles = phases.float() if x.dim() == 4 else phases[:, 0].float()
     angles = angles[: x.shape[0]] if positions is None else angles[positions]
-    angles = angles.view(-1, *[1] * (x.dim() - 2), angles.shape[-1])
     wide = x[..., : angles.shape[-1]].float()
     a, b = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
     turned = torch.stack((-b, a), -1).flatten(-2) if interleaved else torch.cat((-b, a), -1)
@@ -199,12 +241,9 @@ def rope(
         ValueError: shapes that do not belong together.
     """
     _check(x, phases, positions)
-    if not runs_triton(x, phases):
-        rotated = rope_reference(x, phases, positions, interleaved=interleaved, mscale=mscale)
-        return x.copy_(rotated) if in_place else rotated
     if in_place and x.stride(-1) != 1:
         raise ValueError("x can be rotated in place only if the columns of a head are adjacent in memory")
-    angles = phases.flatten(0, -2)
+    angles = phases[:, :, 0]
     return _Rope.apply(
         x, angles if angles.stride(-1) == 1 else angles.contiguous(), positions, interleaved, mscale, in_place
     )
@@ -242,10 +281,11 @@ def packed_positions(
 
 def _check(x: torch.Tensor, phases: torch.Tensor, positions: torch.Tensor | None) -> None:
     rotary = phases.shape[-1]
-    if x.dim() not in (3, 4) or phases.numel() != phases.shape[0] * rotary:
+    samples = (1, x.shape[1]) if x.dim() == 4 else (1,)
+    if x.dim() not in (3, 4) or phases.dim() != 4 or phases.shape[1] not in samples or phases.shape[2] != 1:
         raise ValueError(
             f"x is {tuple(x.shape)} and phases {tuple(phases.shape)}: rope takes [s, b, h, d] or [t, h, d], and phases "
-            "of [places, 1, 1, R], equal for all samples and heads"
+            "of [places, 1, 1, R], equal for all heads, or of [places, b, 1, R]"
         )
     if rotary % 2 or rotary > x.shape[-1]:
         raise ValueError(f"phases cover {rotary} columns: that must be even and at most a head's {x.shape[-1]}")

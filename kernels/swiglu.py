@@ -5,6 +5,7 @@ fp32, rounded once. With s = sigmoid(gate): dup = dy * gate * s, dgate = dy * up
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -81,27 +82,40 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
         rows = as_rows(x)
         ctx.save_for_backward(rows)
-        return swiglu_forward(rows).view(*x.shape[:-1], x.shape[-1] // 2)
+        forward = swiglu_forward if runs_triton(rows) else swiglu_reference
+        return forward(rows).view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return swiglu_backward(as_rows(dy), x).view(*dy.shape[:-1], x.shape[1])
+        backward = swiglu_backward if runs_triton(x) else swiglu_backward_reference
+        return backward(as_rows(dy), x).view(*dy.shape[:-1], x.shape[1])
 
 
 def swiglu_reference(x: torch.Tensor) -> torch.Tensor:
     """[..., 2 * F], gate then up, to [..., F] in the same dtype; fp32 inside."""
     gate, up = x.float().chunk(2, -1)
-    return (gate * torch.sigmoid(gate) * up).to(x.dtype)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def swiglu_backward_reference(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`swiglu_backward` in torch, in four passes; each half of the result is written where it belongs."""
+    dy, wide = dy.float(), x.float()
+    (gate, up), dx = wide.chunk(2, -1), torch.empty_like(wide)
+    dgate, dup = dx.chunk(2, -1)
+    torch.mul(F.silu(gate), dy, out=dup)
+    torch.mul(dy, up, out=dgate)
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return dx.to(x.dtype)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """`swiglu_reference`, in Triton where `runs_triton` says so.
+    """`swiglu_reference`, in Triton where `runs_triton` says so; only `x` is kept for backward.
 
     Raises:
         ValueError: the last dimension is odd or empty.
     """
     if x.shape[-1] % 2 or not x.shape[-1]:
         raise ValueError(f"the last dimension is gate and up side by side, so even and not empty, not {x.shape[-1]}")
-    return _SwiGLU.apply(x) if runs_triton(x) else swiglu_reference(x)
+    return _SwiGLU.apply(x)

@@ -189,10 +189,7 @@ def logit_gradient_(
     """Write (softmax - onehot) * upstream over [rows, columns] logits; 0 in padding and in rows of upstream 0."""
     if not runs_triton(logits, targets):
         for part in _slices(logits):
-            found = logit_gradient_reference(logits[part], targets[part], normaliser[part], upstream[part], shard)
-            logits[part, : shard.real] = found
-            logits[part, shard.real :] = 0.0
-            del found
+            logit_gradient_reference_(logits[part], targets[part], normaliser[part], upstream[part], shard)
         return
     launch = launch or launch_for("cross_entropy_gradient", shard.columns, logits.element_size(), logits.device)
     blocks = triton.cdiv(shard.columns, launch.block)
@@ -212,14 +209,17 @@ def logit_gradient_(
         )
 
 
-def logit_gradient_reference(
+def logit_gradient_reference_(
     logits: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, upstream: torch.Tensor, shard: Shard
-) -> torch.Tensor:
-    """What `logit_gradient_` writes to the columns that are tokens, in torch, fp32."""
-    gradient = (logits[:, : shard.real] - normaliser[:, None]).exp_()
+) -> None:
+    """`logit_gradient_` in torch; fp32 logits need no copy."""
+    real = logits[:, : shard.real]
+    gradient = real.float().sub_(normaliser[:, None]).exp_()
     target = targets.long() - shard.first
     (held,) = torch.where((target >= 0) & (target < shard.real))
     gradient[held, target[held]] -= 1.0
     gradient *= upstream[:, None]
-    gradient[upstream == 0] = 0.0
-    return gradient
+    gradient[torch.where(upstream == 0)] = 0.0
+    if gradient.dtype is not real.dtype:
+        real.copy_(gradient)
+    logits[:, shard.real :] = 0.0

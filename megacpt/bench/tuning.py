@@ -46,7 +46,7 @@ def works(device: torch.device) -> Iterator[Work]:
         yield "swiglu_forward", width, partial(swiglu_forward, x)
         yield "swiglu_backward", width, partial(swiglu_backward, dy, x)
     for width in HEADS:
-        x, phases = random(ROWS, 1, 32, width), torch.rand(ROWS, width, device=device)
+        x, phases = random(ROWS, 1, 32, width), torch.rand(ROWS, 1, width, device=device)
         y = torch.empty_like(x)
         form = partial(rotate, x, y, phases, None, interleaved=False, mscale=1.0, backward=False)
         yield "rope", width, lambda launch, form=form: form(launch=launch)  # type: ignore[misc]

@@ -136,12 +136,14 @@ class Model(Section):
         description="ours, with the gradient written over the logits; ours through the output layer, in chunks of "
         "tokens, so that full logits never exist; megatron-core's; or Transformer Engine's",
     )
-    swiglu_fusion_impl: Literal["native", "megacpt"] = Field(
-        "native",
-        description="megacpt: our kernel; native: megatron-core's fused one with Transformer Engine, else none",
+    swiglu_fusion_impl: Literal["auto", "native", "megacpt"] = Field(
+        "auto",
+        description="megacpt: ours; native: megatron-core's fused one with Transformer Engine, else none; auto: ours "
+        "on a CPU, where it is measured to be faster, and native on a GPU",
     )
-    rope_fusion_impl: Literal["native", "megacpt"] = Field(
-        "native", description="megacpt: our kernel; native: Transformer Engine's with its layers, else none"
+    rope_fusion_impl: Literal["auto", "native", "megacpt"] = Field(
+        "auto",
+        description="megacpt: ours; native: Transformer Engine's with its layers, else none; auto: as with swiglu",
     )
     cuda_graph_impl: Literal["none", "local"] = Field(
         "none", description="local: megatron-core captures each layer's forward and backward as CUDA graphs"
@@ -164,6 +166,19 @@ class Model(Section):
         if self.cross_entropy_loss_fusion and (implementation == "megacpt" or implementation == "linear"):
             return implementation
         return None
+
+    def own_swiglu(self, *, on_gpu: bool) -> bool:
+        """Whether our SwiGLU is in the layers of a model that has one."""
+        return _ours(self.swiglu_fusion_impl, on_gpu)
+
+    def own_rope(self, *, on_gpu: bool) -> bool:
+        """Whether our RoPE is in the layers."""
+        return _ours(self.rope_fusion_impl, on_gpu)
+
+
+def _ours(implementation: str, on_gpu: bool) -> bool:
+    # On a CPU they are measured to win (benchmarks/); on a GPU nobody has measured.
+    return implementation == "megacpt" or (implementation == "auto" and not on_gpu)
 
 
 class Source(Section):

@@ -35,6 +35,7 @@ class BuildOptions:
 def transformer_config(architecture: Architecture, model: Model, options: BuildOptions) -> TransformerConfig:
     """megacpt's keys as megatron-core's TransformerConfig."""
     on_gpu = torch.cuda.is_available()
+    own_swiglu = architecture.swiglu and model.own_swiglu(on_gpu=on_gpu or options.engine)
     interleaved = model.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -78,9 +79,9 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         use_cpu_initialization=not on_gpu,
         # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
         gradient_accumulation_fusion=model.gradient_accumulation_fusion and apex_adds_gradients(),
-        bias_activation_fusion=options.engine and architecture.swiglu and model.swiglu_fusion_impl == "native",
-        use_te_activation_func=model.swiglu_fusion_impl == "megacpt",
-        apply_rope_fusion=options.engine and model.rope_fusion_impl == "native",
+        bias_activation_fusion=options.engine and architecture.swiglu and not own_swiglu,
+        use_te_activation_func=own_swiglu,
+        apply_rope_fusion=options.engine and not model.own_rope(on_gpu=on_gpu or options.engine),
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -88,14 +88,7 @@ class RotatingSelfAttention(SelfAttention):
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         phases, self._phases = self._phases, None
         assert phases is not None
-        return rotated(query, phases), rotated(key, phases), value
-
-
-def rotated(x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
-    """Heads [s, b, h, d] rotated by phases [s, 1 or b, 1, R]."""
-    if phases.shape[1] == 1:
-        return rope(x, phases)
-    return rope(x.flatten(0, 1), phases.flatten(0, 1)[:, None]).view(x.shape)
+        return rope(query, phases), rope(key, phases), value
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -6,6 +6,7 @@ there. Loss has no slot in a spec: it is `LanguageModel.compute_language_model_l
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
@@ -66,8 +67,10 @@ class Slots:
 
 def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
     """The only place that chooses classes; a kernel that fills a slot better is named here."""
-    self_attention = RotatingSelfAttention if model.rope_fusion_impl == "megacpt" else SelfAttention
-    activation = SwiGLU if model.swiglu_fusion_impl == "megacpt" else None
+    # Transformer Engine has no layers on a CPU, where tests build but do not run them.
+    on_gpu = engine or torch.cuda.is_available()
+    self_attention = RotatingSelfAttention if model.own_rope(on_gpu=on_gpu) else SelfAttention
+    activation = SwiGLU if architecture.swiglu and model.own_swiglu(on_gpu=on_gpu) else None
     if engine:
         return Slots(
             self_attention=self_attention,

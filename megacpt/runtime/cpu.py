@@ -4,11 +4,16 @@
 then answers in CUDA's words, as megatron-core's optimizers ask for) and the `torch.cuda` functions that megatron-core
 calls on its way through a step. Wrapping the factories, rather than entering a `TorchFunctionMode`, leaves every other
 operation at full speed. Entered once per process, only where there is no GPU; a GPU run never imports this file.
+
+It also puts torch where megatron-core calls apex (a weight's gradient added to its buffer by the matmul, gradients
+scaled in place), and lets the allocator keep what a step frees for the next one.
 """
 
+import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,6 +39,10 @@ FACTORIES = (
     "zeros",
     "zeros_like",
 )
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h, parameters of mallopt."""
+KEPT_BYTES = 1 << 30
+"""Allocations smaller than this come from memory that was freed before, if there is any."""
 
 
 class _Stream:
@@ -113,6 +122,32 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse a step's large tensors in the next step.
+
+    By default they are mapped and unmapped each time, and the kernel has to zero every page of them again. Another C
+    library is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, buffer: torch.Tensor) -> None:
+    """buffer [out, in] += gradients [rows, out]^T inputs [rows, in]; in one pass where the three share a dtype."""
+    if inputs.dtype is buffer.dtype:
+        buffer.addmm_(gradients.t(), inputs)
+    else:
+        buffer.add_(gradients.t() @ inputs)
+
+
+def _scale(chunk: int, flag: torch.Tensor, lists: Sequence[Sequence[torch.Tensor]], scale: float) -> None:
+    """amp_C.multi_tensor_scale: the second list is the first one times `scale`, which may be the same tensors."""
+    for source, target in zip(*lists, strict=True):
+        torch.mul(source, scale, out=target)
+
+
 def redirect_cuda() -> None:
     """Make CUDA mean the CPU in this process. Idempotent.
 
@@ -122,6 +157,7 @@ def redirect_cuda() -> None:
     assert not torch.cuda.is_available(), "the CPU redirection must not be entered where there is a GPU"
     if getattr(torch.cuda.current_device, "redirected", False):
         return
+    keep_freed_memory()
     # `with torch.device("meta")` knows factories by identity: let it see the real ones before they are wrapped.
     _device_constructors()
     for name in FACTORIES:
@@ -152,7 +188,13 @@ def redirect_cuda() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
-    from megatron.core.tensor_parallel import random
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import layers, random
 
+    clip_grads.multi_tensor_scale_impl = _scale
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

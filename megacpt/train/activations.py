@@ -1,6 +1,7 @@
 """Activations that a rank keeps for the backward pass: of a chunk of layers, of the head, of the loss."""
 
 from megacpt.train.layer_memory import (
+    angles,
     dropped,
     kept,
     layer_bytes,
@@ -50,7 +51,7 @@ def chunk_bytes(setting: Setting, stage: int, chunk: int) -> int:
         saved = -(-len(layers) // units) * stream
     else:
         saved = min(units, len(layers)) * stream + sum(layers[units:])
-    saved += _checkpointed_mask(setting)
+    saved += _checkpointed_mask(setting) + (angles(setting) if setting.own_rope or setting.engine else 0)
     if setting.is_last(stage, chunk):
         return saved + head_bytes(setting)
     # A stage's output stays with the schedule until its gradient comes back.
@@ -75,7 +76,7 @@ def recomputed_bytes(setting: Setting, stage: int, chunk: int) -> int:
 
 def head_bytes(setting: Setting) -> int:
     """The final norm and the input of the output layer."""
-    norm = norm_input(setting) + norm_own(setting, True)
+    norm = norm_input(setting) + norm_own(setting)
     return stream_bytes(setting) + tokens_of(setting) * norm
 
 

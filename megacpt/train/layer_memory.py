@@ -14,9 +14,8 @@ f FFN, H heads and G query groups of D channels, t = TP, and u = t with sequence
 
 q is d, and 1 in a layer whose matmuls are in FP8 (with scales 33/32 under blockwise and mxfp8); the output of attention
 is then there twice. The local layer keeps cosines and sines, 4 s d D, and with documents a mask. An MLP without a gate
-saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save on a GPU what Transformer Engine's do, on a
-CPU the local column in fp32. Under a parallel residual the norms share their input. On a CPU a local RMSNorm is
-composed: its input is saved in fp32 and, unless frozen, the normalised input as well.
+saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save what Transformer Engine's do: for RoPE the
+angles, once for all layers. Under a parallel residual the norms share their input.
 
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The
 other one was read off Transformer Engine's sources (2.20) and has not been measured.
@@ -66,7 +65,7 @@ def layer_bytes(setting: Setting, number: int) -> LayerBytes:
     inputs = 1 if shape.use_parallel_residual else 2
     return LayerBytes(
         stream=inputs * tokens * norm_input(setting),
-        norms=2 * tokens * norm_own(setting, trains) + linear_input(hidden * tokens),
+        norms=2 * tokens * norm_own(setting) + linear_input(hidden * tokens),
         fc1_input=linear_input(hidden * tokens),
         attention=tokens * item * (mixed + channels * (2 * heads + keys)) + again + _phases(setting),
         core=tokens * FP32 * heads + _mask(setting),
@@ -111,18 +110,14 @@ def sequence_shards(setting: Setting) -> int:
 
 
 def norm_input(setting: Setting) -> int:
-    """Bytes per token of a norm's input; a composed RMSNorm saves it in fp32."""
-    item = setting.dtype.itemsize if setting.on_gpu or setting.architecture.normalization == "LayerNorm" else FP32
-    return setting.architecture.hidden_size * item // sequence_shards(setting)
+    """Bytes per token of a norm's input."""
+    return setting.architecture.hidden_size * setting.dtype.itemsize // sequence_shards(setting)
 
 
-def norm_own(setting: Setting, trains: bool) -> int:
+def norm_own(setting: Setting) -> int:
     """Bytes per token that a norm saves beside its input."""
-    shape = setting.architecture
-    if shape.normalization == "LayerNorm":
-        return 2 * FP32 // sequence_shards(setting)
-    normalised = 0 if setting.on_gpu or not trains else shape.hidden_size * setting.dtype.itemsize
-    return (normalised + FP32) // sequence_shards(setting)
+    numbers = 2 if setting.architecture.normalization == "LayerNorm" else 1
+    return numbers * FP32 // sequence_shards(setting)
 
 
 def _input_bytes(setting: Setting, number: int) -> Callable[[int], int]:
@@ -143,22 +138,20 @@ def _activation(setting: Setting) -> int:
     item = setting.dtype.itemsize
     if not setting.architecture.swiglu:
         return item
-    if setting.config.model.swiglu_fusion_impl == "megacpt":
-        # A CPU composes it in fp32: gate and up, the sigmoid, its product with the gate.
-        return 2 * item if setting.on_gpu else 4 * FP32
-    return (2 if setting.engine else 4) * item
+    return (2 if setting.engine or setting.own_swiglu else 4) * item
 
 
 def _phases(setting: Setting) -> int:
     """Cosines and sines of query and key; a fused RoPE keeps angles that all layers share."""
-    data, item = setting.config.data, setting.dtype.itemsize
-    ours = setting.config.model.rope_fusion_impl == "megacpt"
-    if setting.engine or (ours and setting.on_gpu):
-        return 0
-    if ours:
-        item = FP32
-    rows = setting.config.train.micro_batch_size if data.reset_position_ids else 1
-    return 4 * data.seq_length * setting.architecture.rotary_channels * item * rows
+    fused = setting.engine or setting.own_rope
+    return 0 if fused else 4 * angles(setting) // FP32 * setting.dtype.itemsize
+
+
+def angles(setting: Setting) -> int:
+    """Rotary angles, for each sample its own where they restart with documents."""
+    data = setting.config.data
+    rows = setting.config.train.micro_batch_size if data.reset_position_ids and not setting.engine else 1
+    return data.seq_length * setting.architecture.rotary_channels * FP32 * rows
 
 
 def _mask(setting: Setting) -> int:

@@ -30,7 +30,7 @@ class Setting:
     """What memory depends on.
 
     Attributes:
-        on_gpu: norms are one kernel; on a CPU a norm is composed of several, which keep more.
+        on_gpu: which of our kernels are in the layers, and that they copy nothing; on a CPU their references do.
         engine: Transformer Engine's layers in place of the local ones.
     """
 
@@ -40,6 +40,16 @@ class Setting:
     dtype: torch.dtype
     on_gpu: bool = False
     engine: bool = False
+
+    @property
+    def own_swiglu(self) -> bool:
+        """Whether our SwiGLU is in the layers."""
+        return self.architecture.swiglu and self.config.model.own_swiglu(on_gpu=self.on_gpu or self.engine)
+
+    @property
+    def own_rope(self) -> bool:
+        """Whether our RoPE is in the layers."""
+        return self.config.model.own_rope(on_gpu=self.on_gpu or self.engine)
 
     @property
     def chunks(self) -> int:

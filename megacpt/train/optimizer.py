@@ -40,6 +40,11 @@ def wrap_chunks(
         check_for_nan_in_grad=False,
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    if not torch.cuda.is_available():
+        # There is a buffer now, to which the matmul itself adds a weight's gradient (megacpt.runtime.cpu).
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = True
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     if optimizer.overlap_grad_reduce:
@@ -78,6 +83,11 @@ def build_optimizer(
         **_state_settings(optimizer, gradients),
     )
     built = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+    for part in _parts(built):
+        if isinstance(part.optimizer, torch.optim.AdamW) and not torch.cuda.is_available():
+            # megatron-core makes torch's AdamW as it comes: on a CPU a dozen passes over a parameter in place of one.
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
     for group in built.param_groups:
         # megatron-core leaves this product to its own scheduler; without it, norms decay like matrices.
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
@@ -188,7 +198,7 @@ def common_optimizer_state(optimizer: MegatronOptimizer, iteration: int) -> dict
     if len(parts) != 1:
         return {}
     (part,) = parts
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
+    groups = [{k: v for k, v in group.items() if k not in ("params", "fused")} for group in part.param_groups]
     inner: dict[str, Any] = {"param_groups": [group | {"step": iteration} for group in groups]}
     if part.config.bf16:
         return {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}

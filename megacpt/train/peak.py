@@ -11,8 +11,8 @@ beside it in `megacpt.train.activations`, dW the gradient of a weight before it 
   With full recomputation the unit that is computed again is there too.
 - *Embedding.* The first stage ends a backward pass: one micro-batch's activations are free, dW of the table is there.
 
-The optimizer's own temporaries are smaller unless a micro-batch is tiny, and are a fourth candidate: torch's AdamW on a
-CPU makes two fp32 copies of the largest parameter; with bf16 gradients there is an fp32 copy of all of them.
+The optimizer's own temporaries are smaller unless a micro-batch is tiny, and are a fourth candidate: with bf16
+gradients there is an fp32 copy of all of them.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from megacpt.train.activations import (
     stream_bytes,
 )
 from megacpt.train.layer_memory import sequence_shards, tokens_of
-from megacpt.train.memory import FP32, Setting, chunk_parameters, stage_state
+from megacpt.train.memory import FP32, Setting, stage_state
 from megacpt_kernels.linear_cross_entropy import HeadOptions
 from megacpt_kernels.vocabulary import SLICE_BYTES
 
@@ -146,8 +146,11 @@ def _layer(setting: Setting, stage: int) -> int:
     freed = wide if trains else 0
     widths = 2 if shape.swiglu else 1
     fc2 = wide + weight
-    activation = (1 + widths) * wide - freed
-    fc1 = widths * wide + full + widths * weight - freed - (4 if shape.swiglu else 1) * wide
+    # The reference of ours computes silu(gate) again; in bf16 all that it reads and makes is there in fp32, too.
+    again = wide * (1 if item == FP32 else 10) if setting.own_swiglu and not setting.on_gpu else 0
+    activation = (1 + widths) * wide + again - freed
+    kept = 1 if not shape.swiglu else 2 if setting.own_swiglu or setting.engine else 4
+    fc1 = widths * wide + full + widths * weight - freed - kept * wide
     return stream_bytes(setting) + max(fc2, activation, fc1)
 
 
@@ -160,13 +163,11 @@ def _optimizer(setting: Setting, stage: int) -> int:
     """What an update makes for itself; Transformer Engine's AdamW reads gradients as they are."""
     if setting.config.optimizer.use_precision_aware_optimizer:
         return 0
-    parameters = [p for chunk in range(setting.chunks) for p in chunk_parameters(setting, stage, chunk) if p.trains]
     copies = 0
     if setting.dtype.itemsize < FP32 and not setting.config.precision.grad_reduce_in_fp32:
         copies = stage_state(setting, stage).gradients // setting.dtype.itemsize * FP32
-    largest = max((p.numel for p in parameters), default=0)
     share = setting.layout.data if setting.config.optimizer.use_distributed_optimizer else 1
-    return copies // share + (0 if setting.on_gpu else 2 * FP32 * largest // share)
+    return copies // share
 
 
 def _between(setting: Setting, stage: int) -> int:

@@ -132,7 +132,7 @@ def test_swiglu(compiled: dict[str, Compiled]) -> None:
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_rope(compiled: dict[str, Compiled], partial: bool) -> None:
-    x, phases = bf16(8192, 1, 32, 128), torch.empty(8192, 64 if partial else 128)
+    x, phases = bf16(8192, 1, 32, 128), torch.empty(8192, 1, 64 if partial else 128)
     positions = torch.empty(8192, dtype=torch.int64) if partial else None
     for interleaved in (False, True):
         rope.rotate(x, bf16(*x.shape), phases, positions, interleaved=interleaved, mscale=1.0, backward=partial)
@@ -162,7 +162,7 @@ def test_small_sizes_and_other_types(compiled: dict[str, Compiled], size: int, d
     rmsnorm.rms_norm_backward(x, None if size == 1 else x, x, weight, scale)
     wide = torch.empty(size, 2 * size, dtype=dtype)
     swiglu.swiglu_backward(swiglu.swiglu_forward(wide), wide)
-    heads, phases = torch.empty(size, size, size, 2 * size, dtype=dtype), torch.empty(size, 2)
+    heads, phases = torch.empty(size, size, size, 2 * size, dtype=dtype), torch.empty(size, size, 2)
     positions = None if size == 1 else torch.empty(size, dtype=torch.int32)
     rope.rotate(heads, torch.empty_like(heads), phases, positions, interleaved=size == 1, mscale=1.0, backward=False)
     targets, mask = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)

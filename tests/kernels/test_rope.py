@@ -54,6 +54,13 @@ def test_phases_may_differ_within_a_pair(device: str, small_launches: None) -> N
         assert_close(run(lambda x, flag=interleaved: rope(x, phases, interleaved=flag), inputs), expected, 1e-5)
 
 
+def test_each_sample_may_have_its_own_phases(device: str, small_launches: None) -> None:
+    phases, inputs = torch.randn(5, 2, 1, 10, device=device), [torch.randn(4, 2, 3, 12, device=device)]
+    expected = run(lambda x: megatrons(x, phases[:4]), inputs)
+    for function in (rope, rope_reference):
+        assert_close(run(lambda x, of=function: of(x, phases), inputs), expected, 1e-5)
+
+
 @pytest.mark.parametrize("width", [12, 8])
 def test_in_place_writes_over_its_input_and_has_the_same_gradient(device: str, width: int) -> None:
     phases, x = phases_of(6, width, device), torch.randn(6, 2, 3, 12, device=device)
@@ -129,7 +136,7 @@ def test_far_positions(device: str) -> None:
     ("shape", "phases", "positions", "message"),
     [
         ((4, 2), (4, 1, 1, 2), None, r"takes \[s, b, h, d\]"),
-        ((4, 2, 2, 8), (4, 2, 1, 8), None, "equal for all samples"),
+        ((4, 2, 2, 8), (4, 3, 1, 8), None, "equal for all heads"),
         ((4, 2, 2, 8), (4, 1, 1, 10), None, "at most a head's 8"),
         ((4, 2, 2, 8), (3, 1, 1, 8), None, "have 3 places"),
         ((4, 2, 8), (3, 1, 1, 8), 3, "positions are"),

@@ -45,6 +45,7 @@ def classes(config: Config) -> tuple[list[dict[str, str]], list[str | None]]:
     ],
 )
 def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Section, layer: str, norm: str):
+    activation = {"activation_func": f"{OURS}.SwiGLU"} if norm == "RMSNorm" else {}
     config = small_config(tmp_path, {**model, "pipeline_model_parallel_size": pipeline_parallel})
     results = run_ranks(classes, pipeline_parallel, config)
     for found, _ in results:
@@ -52,7 +53,7 @@ def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Sect
             {
                 "layer": layer,
                 "input_layernorm": f"{OURS}.{norm}",
-                "self_attention": SELF_ATTENTION,
+                "self_attention": f"{OURS}.RotatingSelfAttention",
                 "linear_qkv": f"{LINEARS}.ColumnParallelLinear",
                 "core_attention": f"{OURS}.SDPAttention",
                 "linear_proj": f"{LINEARS}.RowParallelLinear",
@@ -60,18 +61,25 @@ def test_class_in_every_slot(tmp_path: Path, pipeline_parallel: int, model: Sect
                 "linear_fc1": f"{LINEARS}.ColumnParallelLinear",
                 "linear_fc2": f"{LINEARS}.RowParallelLinear",
             }
+            | activation
         ]
     assert [norms for _, norms in results] == [[None]] * (pipeline_parallel - 1) + [[f"{OURS}.{norm}"]]
 
 
-def test_our_kernels_fill_slots_when_they_are_asked_for(tmp_path: Path) -> None:
-    """Nobody has measured that they win, so that nothing chooses them by itself."""
+def test_our_kernels_fill_slots_by_themselves_on_a_cpu_alone(tmp_path: Path) -> None:
+    """Nobody has measured that they win on a GPU."""
     default = small_config(tmp_path).model
-    assert (default.swiglu_fusion_impl, default.rope_fusion_impl) == ("native", "native")
+    for ours in (default.own_swiglu, default.own_rope):
+        assert ours(on_gpu=False)
+        assert not ours(on_gpu=True)
+    none = small_config(tmp_path, {"swiglu_fusion_impl": "native", "rope_fusion_impl": "native"})
+    (((found,), _),) = run_ranks(classes, 1, none)
+    assert "activation_func" not in found
+    assert found["self_attention"] == SELF_ATTENTION
+
+
+def test_our_kernels_fill_slots_when_they_are_asked_for(tmp_path: Path) -> None:
     asked = small_config(tmp_path, {"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"})
-    (((found,), _),) = run_ranks(classes, 1, asked)
-    assert found["activation_func"] == f"{OURS}.SwiGLU"
-    assert found["self_attention"] == f"{OURS}.RotatingSelfAttention"
     for engine in (False, True):
         filled = slots(small()[1], asked.model, engine=engine)
         assert (filled.activation, filled.self_attention) == (SwiGLU, RotatingSelfAttention)
@@ -129,11 +137,13 @@ def test_the_engine_fills_its_slots_by_name() -> None:
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_core_accepts_what_the_check_accepts(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every combination of the FP8 keys: both refuse the same ones."""
+    """Every combination of the FP8 keys that are read: both refuse the same ones."""
     from megatron.core.models.common.embeddings import rope_utils
 
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
-    for fp8, outer, first, last in product(("hybrid", "e4m3"), (False, True), (0, 1, 4, 5), (0, 5)):
+    for fp8, outer, first, last in product(("hybrid", "e4m3"), (False, True), (0, 1, 4, 5), (0, 1, 5)):
+        if not outer and (first, last) != (1, 1):
+            continue
         config, architecture = small(
             {
                 "fp8": fp8,
