@@ -22,7 +22,7 @@ from megacpt.train.metrics import mfu
 TRAINER = "megacpt.bench.train_ours"
 CONTESTANTS: Mapping[str, tuple[str, ...]] = {
     OURS: (TRAINER,),
-    "megatron-core's specs": (TRAINER, "--stock"),
+    "megatron-core's specs": (TRAINER, "--stock", "model.swiglu_fusion_impl=native", "model.rope_fusion_impl=native"),
     "Hugging Face Trainer": ("megacpt.bench.train_hf",),
 }
 """Module and flags by name; ours first, since the others' losses are compared with it."""
