@@ -198,7 +198,10 @@ def common_optimizer_state(optimizer: MegatronOptimizer, iteration: int) -> dict
     if len(parts) != 1:
         return {}
     (part,) = parts
-    groups = [{k: v for k, v in group.items() if k not in ("params", "fused")} for group in part.param_groups]
+    # Whether torch steps in one pass is this machine's affair.
+    groups = [
+        {k: None if k == "fused" else v for k, v in group.items() if k != "params"} for group in part.param_groups
+    ]
     inner: dict[str, Any] = {"param_groups": [group | {"step": iteration} for group in groups]}
     if part.config.bf16:
         return {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}

@@ -147,3 +147,25 @@ def _imports_it(node: ast.AST) -> bool:
             node.module == "megacpt.runtime" and any(n.name == "cpu" for n in node.names)
         )
     return isinstance(node, ast.Import) and any(name.name == REDIRECTION for name in node.names)
+
+
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_gradient_is_added_to_its_buffer(dtype: torch.dtype) -> None:
+    from megacpt.runtime.cpu import _add_weight_gradient
+
+    inputs, gradients, buffer = torch.randn(7, 3).to(dtype), torch.randn(7, 5).to(dtype), torch.randn(5, 3)
+    expected = buffer + (gradients.t() @ inputs).float()
+    _add_weight_gradient(inputs, gradients, buffer)
+    assert torch.allclose(buffer, expected, atol=1e-6)
+
+
+@no_gpu
+def test_gradients_are_scaled_where_they_are() -> None:
+    from megacpt.runtime.cpu import _scale
+
+    gradients = [torch.ones(3), torch.full((2, 2), 4.0)]
+    places = [gradient.data_ptr() for gradient in gradients]
+    _scale(1, torch.zeros(1), [gradients, gradients], 0.5)
+    assert [gradient.unique().item() for gradient in gradients] == [0.5, 2.0]
+    assert [gradient.data_ptr() for gradient in gradients] == places

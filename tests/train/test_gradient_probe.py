@@ -36,7 +36,7 @@ def probes(run: Path) -> dict[int, Any]:
 
 
 def by_hand(tree: tiny.Tree) -> list[dict[str, float]]:
-    """Gradients of the first batch's two parts, by autograd on the bare model."""
+    """Gradients of the first batch's two parts, by autograd on the bare model, in its buffers."""
     job = start(config_from(tree, "test"))
     (model,) = job.chunks
     batches = job.next_batch()
@@ -47,9 +47,9 @@ def by_hand(tree: tiny.Tree) -> list[dict[str, float]]:
     layers = [list(layer.parameters()) for layer in model.decoder.layers[1:]]
     for mask in (medical, batch["loss_mask"] - medical):
         losses = model(batch["tokens"], positions, None, labels=batch["labels"])
-        loss = (losses * mask).sum() / mask.sum()
-        gradients = iter(torch.autograd.grad(loss, [p for layer in layers for p in layer]))
-        parts.append([torch.cat([next(gradients).double().flatten() for _ in layer]) for layer in layers])
+        job.wrapped[0].zero_grad_buffer()
+        ((losses * mask).sum() / mask.sum()).backward()
+        parts.append([torch.cat([p.main_grad.double().flatten() for p in layer]) for layer in layers])
     return [
         {
             "layer": layer,
