@@ -223,4 +223,4 @@ def _give_up(work: Work, sources: Sequence[Source], error: BaseException) -> str
             "or from the start of the first input file that has changed"
         )
     work.remove()
-    return ""
+    return "nothing was kept"
