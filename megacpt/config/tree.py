@@ -139,7 +139,7 @@ class Model(Section):
     swiglu_fusion_impl: Literal["auto", "native", "megacpt"] = Field(
         "auto",
         description="megacpt: ours; native: megatron-core's fused one with Transformer Engine, else none; auto: ours "
-        "on a CPU, where it is measured to be faster, and native on a GPU",
+        "on a CPU, where it keeps less memory, and native on a GPU",
     )
     rope_fusion_impl: Literal["auto", "native", "megacpt"] = Field(
         "auto",
@@ -177,7 +177,7 @@ class Model(Section):
 
 
 def _ours(implementation: str, on_gpu: bool) -> bool:
-    # On a CPU they are measured to win (benchmarks/); on a GPU nobody has measured.
+    # On a CPU a step with both needs less memory (benchmarks/train.csv); on a GPU nobody has measured.
     return implementation == "megacpt" or (implementation == "auto" and not on_gpu)
 
 
