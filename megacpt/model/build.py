@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Freeze, Model
 from megacpt.model.gpt import LanguageModel
-from megacpt.model.spec import block_spec
+from megacpt.model.layers import RotatingSelfAttention
+from megacpt.model.spec import block_spec, slots
 from megacpt.runtime.engine import apex_adds_gradients
 
 
@@ -35,7 +36,7 @@ class BuildOptions:
 def transformer_config(architecture: Architecture, model: Model, options: BuildOptions) -> TransformerConfig:
     """megacpt's keys as megatron-core's TransformerConfig."""
     on_gpu = torch.cuda.is_available()
-    own_swiglu = architecture.swiglu and model.own_swiglu(on_gpu=on_gpu or options.engine)
+    fill = slots(architecture, model, engine=options.engine)
     interleaved = model.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -79,9 +80,9 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         use_cpu_initialization=not on_gpu,
         # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
         gradient_accumulation_fusion=model.gradient_accumulation_fusion and apex_adds_gradients(),
-        bias_activation_fusion=options.engine and architecture.swiglu and not own_swiglu,
-        use_te_activation_func=own_swiglu,
-        apply_rope_fusion=options.engine and not model.own_rope(on_gpu=on_gpu or options.engine),
+        bias_activation_fusion=options.engine and architecture.swiglu and fill.activation is None,
+        use_te_activation_func=fill.activation is not None,
+        apply_rope_fusion=options.engine and fill.self_attention is not RotatingSelfAttention,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -5,6 +5,7 @@ there. Loss has no slot in a spec: it is `LanguageModel.compute_language_model_l
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -69,27 +70,22 @@ def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
     """The only place that chooses classes; a kernel that fills a slot better is named here."""
     # Transformer Engine has no layers on a CPU, where tests build but do not run them.
     on_gpu = engine or torch.cuda.is_available()
-    self_attention = RotatingSelfAttention if model.own_rope(on_gpu=on_gpu) else SelfAttention
-    activation = SwiGLU if architecture.swiglu and model.own_swiglu(on_gpu=on_gpu) else None
+    filled = partial(
+        Slots,
+        self_attention=RotatingSelfAttention if model.own_rope(on_gpu=on_gpu) else SelfAttention,
+        activation=SwiGLU if architecture.swiglu and model.own_swiglu(on_gpu=on_gpu) else None,
+    )
     if engine:
-        return Slots(
-            self_attention=self_attention,
+        return filled(
             norm=IdentityOp,
             final_norm=TENorm,
             column=TELayerNormColumnParallelLinear,
             row=TERowParallelLinear,
             attention=TEDotProductAttention,
-            activation=activation,
         )
     norm = NORMS[architecture.normalization]
-    return Slots(
-        self_attention=self_attention,
-        norm=norm,
-        final_norm=norm,
-        column=ColumnParallelLinear,
-        row=RowParallelLinear,
-        attention=SDPAttention,
-        activation=activation,
+    return filled(
+        norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention
     )
 
 

@@ -69,7 +69,7 @@ def layer_bytes(setting: Setting, number: int) -> LayerBytes:
         fc1_input=linear_input(hidden * tokens),
         attention=tokens * item * (mixed + channels * (2 * heads + keys)) + again + _phases(setting),
         core=tokens * FP32 * heads + _mask(setting),
-        mlp=tokens * _activation(setting) * ffn + linear_input(ffn * tokens),
+        mlp=tokens * item * activation_inputs(setting) * ffn + linear_input(ffn * tokens),
     )
 
 
@@ -133,12 +133,11 @@ def _nothing(elements: int) -> int:
     return 0
 
 
-def _activation(setting: Setting) -> int:
-    """Bytes that the MLP's activation saves for each column of its hidden layer."""
-    item = setting.dtype.itemsize
+def activation_inputs(setting: Setting) -> int:
+    """Tensors as wide as the MLP's hidden layer that its activation saves."""
     if not setting.architecture.swiglu:
-        return item
-    return (2 if setting.engine or setting.own_swiglu else 4) * item
+        return 1
+    return 2 if setting.engine or setting.own_swiglu else 4
 
 
 def _phases(setting: Setting) -> int:

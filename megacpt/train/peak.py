@@ -26,7 +26,7 @@ from megacpt.train.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from megacpt.train.layer_memory import sequence_shards, tokens_of
+from megacpt.train.layer_memory import activation_inputs, sequence_shards, tokens_of
 from megacpt.train.memory import FP32, Setting, stage_state
 from megacpt_kernels.linear_cross_entropy import HeadOptions
 from megacpt_kernels.vocabulary import SLICE_BYTES
@@ -149,8 +149,7 @@ def _layer(setting: Setting, stage: int) -> int:
     # The reference of ours computes silu(gate) again; in bf16 all that it reads and makes is there in fp32, too.
     again = wide * (1 if item == FP32 else 10) if setting.own_swiglu and not setting.on_gpu else 0
     activation = (1 + widths) * wide + again - freed
-    kept = 1 if not shape.swiglu else 2 if setting.own_swiglu or setting.engine else 4
-    fc1 = widths * wide + full + widths * weight - freed - kept * wide
+    fc1 = widths * wide + full + widths * weight - freed - activation_inputs(setting) * wide
     return stream_bytes(setting) + max(fc2, activation, fc1)
 
 

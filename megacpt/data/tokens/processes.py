@@ -38,7 +38,7 @@ class Processes:
             other threads.
         ahead: how many ordinary items an item counts for.
 
-    Raises (while results are asked for, told of or settled):
+    Raises (while results are asked for, or in `settle`):
         WorkerLost: a process was killed.
     """
 

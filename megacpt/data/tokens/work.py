@@ -76,9 +76,13 @@ class Work:
         lasted = time.monotonic() - self._started >= SECONDS_BETWEEN_NOTES
         return bool(self._journal.notes) and (lasted or self.found > 0)
 
+    def _token_bytes(self, position: Position) -> list[int]:
+        """How long the tokens of each key are at a position."""
+        return [tokens * self._job["itemsize"] for tokens in position.tokens]
+
     def _bytes_of(self, position: Position) -> dict[str, int]:
         """How long each file is at a position."""
-        sizes = {f"{key}.bin": tokens * self._job["itemsize"] for key, tokens in enumerate(position.tokens)}
+        sizes = {f"{key}.bin": size for key, size in enumerate(self._token_bytes(position))}
         for key in range(len(position.tokens)):
             sizes |= {f"{key}.lengths": position.documents * LENGTH_BYTES}
             sizes |= {f"{key}.text_bytes": position.documents * SIZE_BYTES}
@@ -105,7 +109,7 @@ class Work:
             settle: returns once all tokens are at the places that were given; raises if any could not be written.
         """
         self._settle = settle
-        self._begun = [tokens * self._job["itemsize"] for tokens in self.position.tokens]
+        self._begun = self._token_bytes(self.position)
         with disk_errors(self.folder):
             if self._journal.notes:
                 self._write_journal()
@@ -153,9 +157,8 @@ class Work:
 
     def places(self, keep: np.ndarray | None) -> Places:
         """Where the tokens of the next block go, of its documents `keep`, bool [documents], or all."""
-        tokens = self.position.tokens
-        offsets = tuple(count * self._job["itemsize"] for count in tokens)
-        return Places(tuple(self.bin(key) for key in range(len(tokens))), offsets, keep)
+        offsets = tuple(self._token_bytes(self.position))
+        return Places(tuple(map(self.bin, range(len(offsets)))), offsets, keep)
 
     def append(self, block: Block, encoded: EncodedBlock) -> None:
         """Add an encoded block, the next one of the inputs, whose tokens have their places."""
@@ -175,8 +178,8 @@ class Work:
         self._write_back()
 
     def _write_back(self) -> None:
-        for key, tokens in enumerate(self.position.tokens):
-            begun, end = self._begun[key], tokens * self._job["itemsize"]
+        for key, end in enumerate(self._token_bytes(self.position)):
+            begun = self._begun[key]
             if end - begun >= WRITE_BACK:
                 # The advice lets go of what is on the disk already, which is nothing yet, and has the rest put there.
                 os.posix_fadvise(self._files[f"{key}.bin"].fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)

@@ -5,7 +5,7 @@ to the order, which therefore keeps many workers busy.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -45,11 +45,9 @@ def encode_with(encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]]) -> 
         yield _Here(encode, tokens)
 
 
-@contextmanager
-def encode_here(encoding: Encoding, tokenizer: Tokenizer) -> Iterator[Encode]:
+def encode_here(encoding: Encoding, tokenizer: Tokenizer) -> AbstractContextManager[Encode]:
     """In this process."""
-    with encode_with(lambda blocks: (encode_block(block, encoding, tokenizer) for block in blocks)) as encode:
-        yield encode
+    return encode_with(lambda blocks: (encode_block(block, encoding, tokenizer) for block in blocks))
 
 
 @contextmanager
