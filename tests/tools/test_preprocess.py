@@ -164,7 +164,7 @@ def start_long_run(folder, models):
 def test_kill_9_leaves_nothing_finished_and_the_same_command_works(tmp_path, models):
     line, process, workers = start_long_run(tmp_path, models)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     (left,) = outputs(tmp_path)
     assert left.endswith(".partial")
     end = time.monotonic() + 20
@@ -210,7 +210,7 @@ def kill_in_the_middle(line, folder):
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)  # its workers have ended, too
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -189,7 +189,7 @@ class _Worker:
 def _loss() -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, OSError) as error:
         raise WorkerLost(
             "a worker process was killed, most likely for lack of memory; run again with fewer --workers"
         ) from error
@@ -231,5 +231,9 @@ def _receive(pipe: Any, tasks: SimpleQueue[tuple[list[Any], Any]]) -> None:
     try:
         while True:
             tasks.put(pipe.recv())
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):
+        pass  # the other one has ended: an OSError if in the middle of a message
+    except Exception:
+        traceback.print_exc()
+    finally:
         os._exit(0)

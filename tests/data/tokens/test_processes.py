@@ -2,6 +2,8 @@
 
 import os
 import signal
+import stat
+import struct
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -17,6 +19,8 @@ from megacpt.errors import UserError
 
 LARGE = 1 << 20
 """More bytes than a pipe holds."""
+HALF_A_MESSAGE = struct.pack("!i", 100) + b"half"
+"""The beginning of one of 100 bytes, as multiprocessing writes it."""
 
 
 def squares(number: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -161,6 +165,26 @@ def kill_oneself(number: int) -> int:
     return number
 
 
+def test_a_process_killed_in_the_middle_of_its_answer_is_noticed():
+    with pool(half_an_answer, 2) as run, pytest.raises(WorkerLost, match="a worker process was killed"):
+        list(run(range(10)))
+
+
+def half_an_answer(number: int) -> int:
+    if number == 5:
+        descriptors = (int(path.name) for path in Path("/proc/self/fd").iterdir())
+        (pipe,) = (number for number in descriptors if is_socket(number))
+        os.write(pipe, HALF_A_MESSAGE)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def is_socket(descriptor: int) -> bool:
+    with suppress(OSError):
+        return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+    return False
+
+
 def test_processes_end_with_their_work_or_without_it():
     before = children()
     with pool(squares, 3) as run:
@@ -172,13 +196,16 @@ def test_processes_end_with_their_work_or_without_it():
     assert children() == before
 
 
-def test_processes_end_with_the_one_that_started_them():
+@pytest.mark.parametrize("half_said", [b"", HALF_A_MESSAGE])
+def test_processes_end_with_the_one_that_started_them(half_said):
     read, write = os.pipe()
     starter = os.fork()
     if not starter:
         processes = Processes(squares, 3, lambda _: 1.0)
         next(processes.run(range(40)))
         os.write(write, " ".join(children()).encode())
+        for worker in processes._workers:
+            os.write(worker.fileno(), half_said)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(starter, 0)
     started = os.read(read, 100).decode().split()
