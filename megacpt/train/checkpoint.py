@@ -57,7 +57,8 @@ class TrainState:
         interval: sums since the last log line: {"sums": [[loss by source], [tokens by source]], "steps": n}.
         mixture: the mixture's fingerprint; its start and offsets say where it began.
         samples_by_source, tokens_by_source: samples and target tokens seen, by name.
-        position_by_source: where another mixture would go on in each source (`megacpt.data.mixture.mixture.Start`).
+        position_by_source, fixed_by_source: where another mixture would go on in each source, and with which shuffled
+            pass the samples that stay the same began (`megacpt.data.mixture.mixture.Start`).
         identity: what a resumed run must share: architecture, vocabulary, tokenizer, precision, frozen layers.
         layout: ranks and threads; another layout resumes, within rounding.
     """
@@ -72,6 +73,7 @@ class TrainState:
     layout: dict[str, Any]
     versions: dict[str, str]
     position_by_source: dict[str, int] = field(default_factory=dict)
+    fixed_by_source: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,7 @@ class Job:
             consumed_samples=consumed,
             samples_by_source=dict(at.consumed),
             position_by_source=dict(at.position or {}),
+            fixed_by_source=dict(at.fixed),
             tokens_by_source=progress.former_tokens | dict(zip(self.sources, progress.tokens.tolist(), strict=True)),
             interval={"sums": progress.interval.tolist(), "steps": progress.interval_steps},
             mixture=mixture.fingerprint(),

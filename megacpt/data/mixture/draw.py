@@ -5,7 +5,8 @@ the same number of samples of a source, and `redraw` says which:
 
 - `each_pass`: the first ones of a new shuffle, so that no document comes twice in a pass and passes differ (the
   "data-dynamic" mixture of arXiv 2406.14833);
-- `once`: the samples of the first pass again, in another order ("data-fixed");
+- `once`: the samples of the first pass again, in another order ("data-fixed"); where the share changes within a run,
+  the first ones of these samples, or these and those that follow;
 - `continue`: those that follow in the source, so that nothing comes again before everything has come.
 
 A pass of the mixture that takes more than the source has goes through several shuffles of it ("laps").
@@ -28,6 +29,7 @@ class Draw:
         position: samples of the source's own sequence of passes that are used up before this mixture.
         per_pass: samples in a pass of the mixture; None: the mixture has no passes.
         key: names the orders of `once`.
+        fixed: the shuffled pass over the source with which the samples of `once` began in a former mixture, if any did.
     """
 
     size: int
@@ -35,6 +37,7 @@ class Draw:
     per_pass: int | None = None
     redraw: Redraw = "continue"
     key: int = 0
+    fixed: int | None = None
 
     def locate(self, index: int) -> tuple[int, int]:
         """Sample `index` of the source in this mixture as (number of the shuffled pass, sample in it)."""
@@ -44,15 +47,24 @@ class Draw:
         first = self.first
         if self.redraw == "each_pass":
             first += number * self.laps
-        elif number:
+        elif self._reordered(number):
             sample = bijection(seeded_key("once", self.key, number), self.per_pass, sample)
         lap, row = divmod(sample, self.size)
         return first + lap, row
 
     @property
     def first(self) -> int:
-        """The first shuffled pass over the source that no former mixture has begun."""
-        return -(-self.position // self.size)
+        """The shuffled pass over the source with which this mixture begins: one that no former mixture has begun,
+        unless the samples are those of a former one."""
+        return -(-self.position // self.size) if self.redraw != "once" or self.fixed is None else self.fixed
+
+    def _reordered(self, number: int) -> bool:
+        """Whether pass `number` of `once` is in another order than the shuffled pass over the source."""
+        return number > 0 or self.fixed is not None
+
+    def fixed_after(self, count: int) -> int | None:
+        """`fixed` for a mixture that takes over after `count` samples of this one."""
+        return self.first if self.redraw == "once" and self.per_pass is not None and count else self.fixed
 
     @property
     def laps(self) -> int:
@@ -67,7 +79,7 @@ class Draw:
             return self.position
         number, sample = divmod(count, self.per_pass)
         begun = self.laps if self.redraw == "once" else number * self.laps - (-sample // self.size)
-        return (self.first + begun) * self.size
+        return max(self.position, (self.first + begun) * self.size)
 
     def runs(self, lower: int, upper: int) -> list[tuple[int, int, int]]:
         """Samples [lower, upper) of the source in this mixture as (shuffled pass, first sample in it, end)."""
@@ -79,7 +91,7 @@ class Draw:
             end = min(self.per_pass, begin + upper - lower)
             if self.redraw == "each_pass":
                 runs += self._laps(self.first + number * self.laps, begin, end)
-            elif number == 0 or end - begin == self.per_pass:
+            elif not self._reordered(number) or end - begin == self.per_pass:
                 runs += self._laps(self.first, begin, end)
             else:
                 places = sorted(self.locate(index) for index in range(lower, lower + end - begin))

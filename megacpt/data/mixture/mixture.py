@@ -23,7 +23,7 @@ from megacpt.data.mixture.interleave import Interleaving
 from megacpt.data.mixture.order import samples_per_pass
 from megacpt.errors import UserError
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Raised whenever the same configuration would give another sequence of samples."""
 
 
@@ -108,11 +108,13 @@ class Start:
             can come back.
         position: where each source goes on, in samples of its own sequence of passes; as many as are consumed, unless
             it was drawn in parts.
+        fixed: of sources that are drawn `once`, the shuffled pass with which their samples began.
     """
 
     sample: int = 0
     consumed: Mapping[str, int] = field(default_factory=dict)
     position: Mapping[str, int] | None = None
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     def position_of(self, name: str) -> int:
         """Where the source `name` goes on."""
@@ -172,7 +174,9 @@ class Segment:
         names = [source.name for source in self.sources]
         position = {**before.consumed, **(before.position or {})}
         position |= {n: d.position_after(t) for n, d, t in zip(names, self.draws, taken, strict=True)}
-        return Start(k, self.consumed(k), position)
+        fixed = {n: d.fixed_after(t) for n, d, t in zip(names, self.draws, taken, strict=True)}
+        began = {name: lap for name, lap in fixed.items() if lap is not None}
+        return Start(k, self.consumed(k), position, {**before.fixed, **began})
 
 
 @dataclass(frozen=True)
@@ -276,5 +280,6 @@ class Mixture:
                 "sample": self.start.sample,
                 "consumed": dict(self.start.consumed),
                 "position": None if self.start.position is None else dict(self.start.position),
+                "fixed": dict(self.start.fixed),
             },
         }

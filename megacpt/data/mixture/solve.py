@@ -145,8 +145,9 @@ def _draw(source: Source, seq_length: int, start: Start, seed: int, per_pass: in
     position = start.position_of(source.name)
     if per_pass is None or source.redraw == "continue":
         return Draw(samples_per_pass(source.tokens, seq_length), position)
-    key = seeded_key("once", seed, source.name, position)
-    return Draw(full_samples(source.tokens, seq_length), position, max(1, per_pass), source.redraw, key)
+    key = seeded_key("once", seed, source.name, start.sample)
+    size, fixed = full_samples(source.tokens, seq_length), start.fixed.get(source.name)
+    return Draw(size, position, max(1, per_pass), source.redraw, key, fixed)
 
 
 def full_samples(tokens: int, seq_length: int) -> int:

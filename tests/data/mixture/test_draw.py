@@ -33,6 +33,22 @@ def test_once_takes_the_same_samples_in_another_order(size: int, per_pass: int, 
         assert len({tuple(taken) for taken in passes}) == 4
 
 
+@given(SIZES, PARTS, PARTS, POSITIONS)
+def test_once_keeps_its_samples_where_its_share_changes(size: int, before: int, after: int, position: int):
+    old = Draw(size, position, before, "once", key=7)
+    new = Draw(size, old.position_after(before), after, "once", key=8, fixed=old.fixed_after(before))
+    (kept,), passes = drawn(old, 1), drawn(new, 4)
+    shared = min(before, after)
+    for taken in passes:
+        assert len(set(taken)) == after
+        assert set(kept[:shared]) <= set(taken)
+        assert after > before or set(taken) <= set(kept)
+    if min(before, after) > 12:
+        assert kept[:shared] not in [taken[:shared] for taken in passes]
+    later = Draw(size, new.position_after(after), 1, "each_pass")
+    assert later.locate(0) not in {*kept, *passes[0]}
+
+
 @given(SIZES, PARTS, POSITIONS)
 def test_continue_leaves_nothing_out_and_repeats_nothing_early(size: int, per_pass: int, position: int):
     passes = drawn(Draw(size, position, per_pass, "continue"), 3)
@@ -42,7 +58,7 @@ def test_continue_leaves_nothing_out_and_repeats_nothing_early(size: int, per_pa
 
 @given(SIZES, PARTS, POSITIONS, REDRAWS, st.data())
 def test_runs_are_the_samples(size: int, per_pass: int, position: int, redraw: str, data: st.DataObject):
-    draw = Draw(size, position, per_pass, redraw, key=3)
+    draw = Draw(size, position, per_pass, redraw, key=3, fixed=data.draw(st.sampled_from([None, 1])))
     lower = data.draw(st.integers(0, 3 * per_pass))
     upper = data.draw(st.integers(lower, 4 * per_pass))
     expected = [draw.locate(index) for index in range(lower, upper)]

@@ -114,6 +114,24 @@ def test_data_dynamic_and_data_fixed_over_four_passes(corpus: Make):
     assert all(one != other for i, one in enumerate(orders) for other in orders[:i])
 
 
+def test_the_fixed_part_stays_the_same_where_weights_change(corpus: Make):
+    """With a smaller share it is less of the same documents, with a larger one these and more; also after a resume."""
+    corpora = corpora_of(corpus, {"domain": 300, "general": 90})
+    shifts = (Shift(250, {"domain": 0.9, "general": 0.1}), Shift(500, {"domain": 0.7, "general": 0.3}))
+    mixture = mixture_over(corpora, Course(Passes(250, 4), shifts), general="once")
+    begun = mixture.fingerprint()
+    resumed = solve(mixture.sources, 10, 8, 5, start=start_of(json.loads(json.dumps(begun))), course=mixture.course)
+    assert resumed.fingerprint() == begun
+    blend = BlendedDataset(mixture, corpora, VOCABULARY)
+    first, second, third, fourth = (
+        set(documents_read(blend, corpora, range(p * 250, (p + 1) * 250))["general"]) for p in range(4)
+    )
+    assert second < first < third == fourth
+    changed = solve(mixture.sources, 10, 8, 5, start=mixture.at(500), course=Course(Passes(250, 2)))
+    again = BlendedDataset(changed, corpora, VOCABULARY)
+    assert set(documents_read(again, corpora, range(500, 750))["general"]) == first
+
+
 def test_the_ledger_is_what_the_samples_hold(corpus: Make):
     """Against counting tokens one by one: passes of each kind, a repeating source, an early stop inside a pass."""
     corpora = corpora_of(corpus, {"domain": 200, "general": 90})
