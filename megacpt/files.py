@@ -24,7 +24,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(f"{path}: the disk is full; free space and run the same command again") from error
-        if error.errno in UNWRITABLE:
+        # Where no file can be made at all, as in /proc, the system says that there is none.
+        unmade = error.errno == errno.ENOENT and error.filename and Path(error.filename).parent == path.parent
+        if error.errno in UNWRITABLE or unmade:
             raise DiskError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
         raise
 

@@ -133,6 +133,15 @@ def test_bad_commands(scored: Path, tmp_path: Path, refuse: Refuse, words: str, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a place where no file can be made")
+def test_where_no_file_can_be_made(scored: Path, refuse: Refuse) -> None:
+    refuse("choose another place", "select_subset", *arguments(scored, Path("/proc/subset")))
+    model = ["--input", scored / "corpus.jsonl", "--order", "3", "--output", "/proc/model.binary"]
+    refuse("choose another place", "train_kenlm", *model)
+    merged = ["--input", scored / "data_text_document", "--output-prefix", "/proc/merged"]
+    refuse("choose another place", "merge_datasets", *merged)
+
+
 def test_scores_that_do_not_belong(scored: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
     values, manifest = np.fromfile(scored / "scores", dtype="<f4"), read_scores_manifest(scored / "scores")
     given = arguments(scored, tmp_path / "s", scores=tmp_path / "scores")
