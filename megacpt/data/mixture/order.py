@@ -1,19 +1,22 @@
-"""One pass over a corpus: a keyed permutation of its documents that is computed, not stored, read as one stream of
+"""One pass over a corpus: a keyed permutation of its documents, computed where they are many, read as one stream of
 tokens and cut into samples.
 
 A pass of T tokens under sequence length S has ceil((T - 1) / S) samples; sample r reads tokens [r*S, r*S + S + 1) of
 the stream, so neighbours overlap by one and every token of the pass but its first is a target exactly once.
 
-The permutation deals D documents into B = ceil(D / 64) buckets. Document d = 64 j + i goes to bucket
+Of up to 16,384 documents the permutation is stored, 4 bytes each. More, D of them, are dealt into B = ceil(D / 64)
+buckets. Document d = 64 j + i goes to bucket
 (a_i j + s_i) mod B, where a_i, coprime to B, and s_i are drawn for each of the 64 residues i and for each pass: within
 a residue that is a bijection, so every bucket gets one document of each, from anywhere in the corpus. Buckets are read
 in a shuffled order, and so is each one's content. What is kept of a pass is the buckets' order and their cumulative
-tokens: 12 bytes for 64 documents; a document's place inside its bucket is worked out when a sample is read there.
+tokens: 12 bytes for 64 documents; a document's place inside its bucket is worked out when a sample is read there. Two
+documents of one residue never share a bucket, which where buckets are few would keep them apart: hence the first way.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +24,8 @@ from megacpt.data.keyed import permutation, seeded_key, splitmix64
 
 BUCKET = 64
 """Documents of a bucket: few enough to sort in microseconds, enough for a pass to be small in memory."""
+STORED = 1 << 14
+"""Documents whose permutation is stored at most: 64 KB a pass."""
 BLOCK = 1 << 20
 """Documents whose lengths are added up at a time."""
 
@@ -30,18 +35,68 @@ def samples_per_pass(tokens: int, seq_length: int) -> int:
     return max(0, -(-(tokens - 1) // seq_length))
 
 
+class Buckets(Protocol):
+    """The documents of one pass in groups of up to BUCKET, which are read one after the other.
+
+    Attributes:
+        reading: int32 [B], the order in which buckets are read.
+    """
+
+    @property
+    def reading(self) -> np.ndarray: ...
+
+    def members(self, buckets: np.ndarray) -> np.ndarray:
+        """All documents of int64 [n] buckets, in no particular order: int64 [up to n * BUCKET]."""
+        ...
+
+    def content(self, bucket: int) -> np.ndarray:
+        """The documents of a bucket in the order of reading: int64 [up to BUCKET]."""
+        ...
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of each bucket, of documents of these lengths: int64 [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All documents, written down in their order.
+
+    Attributes:
+        order: int32 [documents].
+    """
+
+    order: np.ndarray
+
+    @property
+    def reading(self) -> np.ndarray:
+        return np.arange(-(-len(self.order) // BUCKET), dtype=np.int32)
+
+    def members(self, buckets: np.ndarray) -> np.ndarray:
+        places = (buckets[:, None] * BUCKET + np.arange(BUCKET)).reshape(-1)
+        return self.order[places[places < len(self.order)]].astype(np.int64)
+
+    def content(self, bucket: int) -> np.ndarray:
+        return self.order[bucket * BUCKET : (bucket + 1) * BUCKET].astype(np.int64)
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(lengths[self.order], np.arange(0, len(self.order), BUCKET), dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Deal:
-    """How documents are dealt to buckets.
+    """Documents dealt to buckets by computation.
 
     Attributes:
         documents, buckets: how many there are.
+        reading: the order of buckets.
         factors, inverses, shifts: int64 [BUCKET], of the map of each residue and of its inverse.
         key: orders the documents inside a bucket.
     """
 
     documents: int
     buckets: int
+    reading: np.ndarray
     factors: np.ndarray
     inverses: np.ndarray
     shifts: np.ndarray
@@ -56,17 +111,25 @@ class Deal:
         return places
 
     def members(self, buckets: np.ndarray) -> np.ndarray:
-        """All documents of int64 [n] buckets, in no particular order: int64 [up to n * BUCKET]."""
         columns = (buckets[:, None] - self.shifts) * self.inverses % self.buckets
         documents = (columns * BUCKET + np.arange(BUCKET)).reshape(-1)
         return documents[documents < self.documents]
 
     def content(self, bucket: int) -> np.ndarray:
-        """The documents of a bucket in the order of reading: int64 [up to BUCKET]."""
         columns = (bucket - self.shifts) * self.inverses % self.buckets
         order = splitmix64(self.key, BUCKET, bucket * BUCKET).argsort()
         documents = (columns * BUCKET + np.arange(BUCKET))[order]
         return documents[documents < self.documents]
+
+    def tokens(self, lengths: np.ndarray) -> np.ndarray:
+        totals = np.zeros(self.buckets)
+        for start in range(0, len(lengths), BLOCK):
+            block = lengths[start : start + BLOCK]
+            columns = np.arange(start // BUCKET, -(-(start + len(block)) // BUCKET))
+            places = self.buckets_of(columns).reshape(-1)[: len(block)]
+            totals += np.bincount(places, weights=block, minlength=self.buckets)
+        # Sums of floats, exact below 2^53.
+        return totals.astype(np.int64)
 
 
 def deal(key: int, documents: int) -> Deal:
@@ -77,7 +140,15 @@ def deal(key: int, documents: int) -> Deal:
     while (wrong := np.gcd(factors, buckets) != 1).any():
         factors[wrong] = (factors[wrong] + 1) % buckets if buckets > 1 else 1
     inverses = np.array([pow(int(factor), -1, buckets) if buckets > 1 else 0 for factor in factors])
-    return Deal(documents, buckets, factors, inverses, shifts, seeded_key("inside", key))
+    reading = permutation(seeded_key("buckets", key), buckets).astype(np.int32)
+    return Deal(documents, buckets, reading, factors, inverses, shifts, seeded_key("inside", key))
+
+
+def arrange(key: int, documents: int) -> Buckets:
+    """The permutation of `documents` that `key` names."""
+    if documents <= STORED:
+        return Stored(permutation(key, documents).astype(np.int32))
+    return deal(key, documents)
 
 
 class PassOrder:
@@ -88,33 +159,22 @@ class PassOrder:
         key: in [0, 2^64), names the permutation.
 
     Attributes:
-        deal: documents to buckets.
+        arranged: the documents in buckets.
         buckets: int32 [B], the order in which buckets are read.
         bounds: int64 [B + 1]; bucket buckets[b] holds tokens [bounds[b], bounds[b + 1]) of the stream.
     """
 
     def __init__(self, lengths: np.ndarray, key: int) -> None:
         self.lengths = lengths
-        self.deal = deal(key, len(lengths))
-        self.buckets = permutation(seeded_key("buckets", key), self.deal.buckets).astype(np.int32)
-        self.bounds = np.zeros(self.deal.buckets + 1, dtype=np.int64)
-        np.cumsum(self._tokens()[self.buckets], out=self.bounds[1:])
-
-    def _tokens(self) -> np.ndarray:
-        """Tokens of each bucket: int64 [B]."""
-        totals = np.zeros(self.deal.buckets)
-        for start in range(0, len(self.lengths), BLOCK):
-            block = self.lengths[start : start + BLOCK]
-            columns = np.arange(start // BUCKET, -(-(start + len(block)) // BUCKET))
-            places = self.deal.buckets_of(columns).reshape(-1)[: len(block)]
-            totals += np.bincount(places, weights=block, minlength=self.deal.buckets)
-        # Sums of floats, exact below 2^53.
-        return totals.astype(np.int64)
+        self.arranged = arrange(key, len(lengths))
+        self.buckets = self.arranged.reading
+        self.bounds = np.zeros(len(self.buckets) + 1, dtype=np.int64)
+        np.cumsum(self.arranged.tokens(lengths)[self.buckets], out=self.bounds[1:])
 
     @property
     def documents(self) -> np.ndarray:
         """All documents that have tokens, in order: int64 [D]."""
-        whole = np.concatenate([self.deal.content(bucket) for bucket in self.buckets.tolist()])
+        whole = np.concatenate([self.arranged.content(bucket) for bucket in self.buckets.tolist()])
         return whole[self.lengths[whole] > 0]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -124,7 +184,7 @@ class PassOrder:
         place = int(self.bounds.searchsorted(start, side="right")) - 1
         while start < stop:
             base = int(self.bounds[place])
-            documents = self.deal.content(int(self.buckets[place]))
+            documents = self.arranged.content(int(self.buckets[place]))
             ends = np.add.accumulate(self.lengths[documents], dtype=np.int64)
             first = int(ends.searchsorted(start - base, side="right"))
             last = min(int(ends.searchsorted(stop - base, side="left")) + 1, len(documents))
@@ -139,7 +199,7 @@ class PassOrder:
         """The documents of the buckets that lie within tokens [start, stop) entirely, some at a time, in any order."""
         first, last = self._inside(start, stop)
         for place in range(first, last, BLOCK // BUCKET):
-            yield self.deal.members(self.buckets[place : min(last, place + BLOCK // BUCKET)].astype(np.int64))
+            yield self.arranged.members(self.buckets[place : min(last, place + BLOCK // BUCKET)].astype(np.int64))
 
     def edges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """The pieces of tokens [start, stop) that `whole` leaves out."""

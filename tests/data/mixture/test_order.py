@@ -1,4 +1,5 @@
 import hashlib
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -6,17 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpt.data.keyed import bijection, permutation, seeded_key, splitmix64
-from megacpt.data.mixture.order import BUCKET, PassOrder, deal, samples_per_pass, shuffled_pass
+from megacpt.data.mixture import order
+from megacpt.data.mixture.order import BUCKET, STORED, PassOrder, deal, samples_per_pass, shuffled_pass
 
 MASK = (1 << 64) - 1
-ORDER_OF_10 = [6, 1, 0, 8, 9, 3, 2, 7, 4, 5]
-ORDER_OF_1000 = "67174a2234f3a6ef"
+ORDER_OF_10 = [5, 4, 8, 3, 2, 0, 1, 9, 6, 7]
+ORDER_OF_20_000 = "6c8428c7444aa44f"
 BIJECTION_OF_10 = [3, 2, 8, 1, 9, 7, 4, 5, 6, 0]
 LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=200).map(lambda x: np.array(x, dtype=np.int64))
 
 
-def order_of(size: int, key: int) -> list[int]:
-    return PassOrder(np.ones(size, np.int32), key).documents.tolist()
+WAYS = pytest.mark.parametrize("stored", [0, STORED], ids=["dealt", "stored"])
+"""Both ways, whatever the number of documents."""
+
+
+def order_of(size: int, key: int, stored: int = STORED) -> list[int]:
+    with patch.object(order, "STORED", stored):
+        return PassOrder(np.ones(size, np.int32), key).documents.tolist()
 
 
 def generator(seed: int, outputs: int) -> list[int]:
@@ -45,19 +52,19 @@ def test_orders_stay_what_they_were():
     """A changed order would silently spoil every run that resumes: raise mixture.ALGORITHM with it."""
     key = seeded_key("pass", 1234, "medical", 0)
     assert key == 14541693027787072849
-    assert permutation(key, 10).tolist() == [5, 4, 8, 3, 2, 0, 1, 9, 6, 7]
     assert order_of(10, key) == ORDER_OF_10
-    assert hashlib.sha256(str(order_of(1000, key)).encode()).hexdigest()[:16] == ORDER_OF_1000
+    assert hashlib.sha256(str(order_of(20_000, key)).encode()).hexdigest()[:16] == ORDER_OF_20_000
     assert [bijection(key, 10, index) for index in range(10)] == BIJECTION_OF_10
 
 
+@WAYS
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
-def test_every_document_is_as_likely_in_every_place(size: int):
+def test_every_document_is_as_likely_in_every_place(size: int, stored: int):
     """Chi-square of the (document, place) counts over seeds stays within six deviations of its expectation."""
     seeds = 3000
     counts = np.zeros((size, size))
     for seed in range(seeds):
-        counts[order_of(size, seeded_key("pass", seed, "x", 0)), np.arange(size)] += 1
+        counts[order_of(size, seeded_key("pass", seed, "x", 0), stored), np.arange(size)] += 1
     chi_square = ((counts - seeds / size) ** 2 / (seeds / size)).sum()
     freedom = (size - 1) ** 2
     assert chi_square < freedom + 6 * (2 * freedom) ** 0.5 + 10
@@ -66,12 +73,12 @@ def test_every_document_is_as_likely_in_every_place(size: int):
 def test_all_orders_of_four_documents_are_as_likely():
     seeds = 4800
     orders = [tuple(order_of(4, seeded_key("pass", seed, "x", 0))) for seed in range(seeds)]
-    counts = np.array([orders.count(order) for order in set(orders)])
+    counts = np.array([orders.count(one) for one in set(orders)])
     assert len(counts) == 24
     assert ((counts - 200) ** 2 / 200).sum() < 23 + 6 * 46**0.5
 
 
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 127, 128, 129, 200, 1000, 4097])
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 127, 128, 129, 200, 1000, 4097, STORED, STORED + 1, 20_001])
 def test_every_document_comes_once_whatever_the_size(size: int):
     for key in (0, 1, MASK):
         assert sorted(order_of(size, key)) == list(range(size))
@@ -99,12 +106,13 @@ def chi_square(counts: np.ndarray) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
 
 
-def test_documents_of_a_sorted_corpus_spread_over_the_whole_pass():
+@WAYS
+def test_documents_of_a_sorted_corpus_spread_over_the_whole_pass(stored: int):
     """Where a document lies in the corpus says nothing of where it comes in a pass, over seeds and within one."""
     size, seeds, cells = 5000, 200, 20
     over_seeds, within = np.zeros((cells, cells)), []
     for seed in range(seeds):
-        place = np.argsort(order_of(size, seeded_key("pass", seed, "x", 0)))
+        place = np.argsort(order_of(size, seeded_key("pass", seed, "x", 0), stored))
         table = np.histogram2d(np.arange(size), place, bins=cells, range=[[0, size], [0, size]])[0]
         over_seeds += table
         within.append(chi_square(table))
@@ -114,14 +122,24 @@ def test_documents_of_a_sorted_corpus_spread_over_the_whole_pass():
     assert abs(np.mean(within) - expected) < 0.5
 
 
-def test_one_place_gets_every_document_and_one_document_every_place():
+@WAYS
+def test_one_place_gets_every_document_and_one_document_every_place(stored: int):
     size, seeds = 300, 6000
-    orders = np.array([order_of(size, seeded_key("pass", seed, "x", 0)) for seed in range(seeds)])
+    orders = np.array([order_of(size, seeded_key("pass", seed, "x", 0), stored) for seed in range(seeds)])
     for place in (0, 63, 64, 299):
         assert abs(chi_square(np.bincount(orders[:, place], minlength=size).astype(float))) < 5
     where = np.argsort(orders, axis=1)
     for document in (0, 1, 64, 299):
         assert abs(chi_square(np.bincount(where[:, document], minlength=size).astype(float))) < 5
+
+
+@pytest.mark.parametrize("size", [200, 300, 1000, STORED, STORED + 1])
+def test_documents_at_any_distance_are_as_far_apart_as_by_chance(size: int):
+    """The mean distance of two places of n is (n + 1) / 3; that of documents k apart is within 5 standard errors."""
+    places = [np.argsort(order_of(size, seed)) for seed in range(400 if size < 2000 else 20)]
+    for k in (1, 2, 63, 64, 65, 128):
+        means = np.array([np.abs(place[k:] - place[:-k]).mean() for place in places])
+        assert abs(means.mean() - (size + 1) / 3) < 5 * means.std() / len(means) ** 0.5
 
 
 @pytest.mark.parametrize("size", [2000, 20_000])
@@ -139,7 +157,7 @@ def test_neighbours_of_one_pass_are_not_neighbours_in_the_next(size: int):
 def test_documents_of_a_bucket_part_in_the_next_pass():
     """Of the pairs that stand together in one bucket, chance alone brings some together again."""
     size = 64 * 100
-    one, other = (np.argsort(order_of(size, seeded_key("pass", 1, "x", n))) // BUCKET for n in range(2))
+    one, other = (np.argsort(order_of(size, seeded_key("pass", 1, "x", n), 0)) // BUCKET for n in range(2))
     together = np.zeros((100, 100))
     np.add.at(together, (one, other), 1)
     again = (together * (together - 1)).sum() / (size * (BUCKET - 1))
@@ -155,17 +173,18 @@ def test_order_depends_on_seed_name_and_pass():
     assert shuffled_pass(lengths, 1, "a", 0).documents.tolist() == orders[0]
 
 
-@given(LENGTHS, st.integers(0, 5), st.integers(1, 9))
-def test_pieces_cut_the_stream(lengths: np.ndarray, seed: int, size: int):
-    order = shuffled_pass(lengths, seed, "x", 0)
-    stream = [(int(d), t) for d in order.documents for t in range(lengths[d])]
-    assert sorted(order.documents) == np.flatnonzero(lengths).tolist()
+@given(LENGTHS, st.integers(0, 5), st.integers(1, 9), st.sampled_from([0, STORED]))
+def test_pieces_cut_the_stream(lengths: np.ndarray, seed: int, size: int, stored: int):
+    with patch.object(order, "STORED", stored):
+        shuffled = shuffled_pass(lengths, seed, "x", 0)
+    stream = [(int(d), t) for d in shuffled.documents for t in range(lengths[d])]
+    assert sorted(shuffled.documents) == np.flatnonzero(lengths).tolist()
     for start in range(0, len(stream), size):
-        pieces = order.pieces(start, start + size)
+        pieces = shuffled.pieces(start, start + size)
         assert [(d, t) for d, first, end in pieces for t in range(first, end)] == stream[start : start + size]
         assert all(first < end for _, first, end in pieces)
-        edges = order.edges(start, start + size)
-        whole = [int(d) for documents in order.whole(start, start + size) for d in documents if lengths[d]]
+        edges = shuffled.edges(start, start + size)
+        whole = [int(d) for documents in shuffled.whole(start, start + size) for d in documents if lengths[d]]
         assert sorted([*edges, *((d, 0, int(lengths[d])) for d in whole)]) == sorted(pieces)
 
 

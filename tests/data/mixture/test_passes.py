@@ -229,6 +229,10 @@ def test_a_takeover_in_the_middle_of_a_pass_draws_anew():
     old = json.loads(json.dumps(first.fingerprint()))
     sources = [replace(DOMAIN, weight=0.6), replace(GENERAL, weight=0.4)]
     new = solve(sources, 10, 8, 1, start=continuation(old, first.fingerprint(), at), course=Course(Passes(50, 2)))
-    seen = {first.locate(k) for k in range(120)}
-    assert not seen & {new.locate(k) for k in range(120, 220)}
+    seen, drawn = {first.locate(k) for k in range(120)}, {new.locate(k) for k in range(120, 220)}
+    general = {place for place in drawn if place[0] == 1}
+    assert not seen & (drawn - general)
+    # Drawn once: its ten samples of a pass, and ten more.
+    assert len(general) == 20
+    assert {place for place in seen if place[0] == 1} < general
     assert new.consumed(220) == {"domain": 96 + 60, "general": 24 + 40}
