@@ -92,7 +92,8 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
     total = math.fsum(parts)
     if total == 0:
         return Difference(mean, mean, mean, seeds, "Welch t")
-    freedom = total**2 / math.fsum(part**2 / (len(v) - 1) for part, v in zip(parts, (first, second), strict=True))
+    # Of shares, not of variances, whose squares may be too small for a float.
+    freedom = 1 / math.fsum((part / total) ** 2 / (n - 1) for part, n in zip(parts, seeds, strict=True))
     # Rounded down to whole degrees, which makes the interval wider, not narrower.
     half = t_quantile((1 + CONFIDENCE) / 2, max(1, math.floor(freedom))) * math.sqrt(total)
     return Difference(mean, mean - half, mean + half, seeds, "Welch t")
