@@ -175,11 +175,11 @@ def batches_of(where: Setting) -> Callable[[Any], Any]:
 
 def optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
     """Moments, and main parameters that are not the model's own."""
-    from megacpt.train.optimizer import _main_and_model_parameters, _parts
+    from megacpt.train.optimizer import main_and_model_parameters, optimizer_parts
 
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     states = [v for part in parts for s in part.optimizer.state.values() for k, v in s.items() if k != "step"]
-    mains = [m for part in parts for m, _ in _main_and_model_parameters(part)]
+    mains = [m for part in parts for m, _ in main_and_model_parameters(part)]
     return sum(t.nbytes for t in (*states, *(m for m in mains if m.untyped_storage().data_ptr() not in weights)))
 
 
