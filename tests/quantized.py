@@ -111,26 +111,34 @@ def _one_by_one(group: dist.ProcessGroup, async_ops: bool = False) -> Any:
     return nullcontext(SimpleNamespace(wait=lambda: None))
 
 
-processed: list[int] = []
-"""How many parameters were processed after each gather."""
+def _cast_in_forward(module: Any) -> None:
+    """Let a linear layer multiply by its bf16 weight cast to FP8 anew each time, as `model.fp8` alone does."""
+    multiply = module._forward_impl
+
+    def forward(input: torch.Tensor, weight: torch.nn.Parameter, **kwargs: Any) -> torch.Tensor:
+        cast = torch.nn.Parameter(Quantized.of(weight.detach()))
+        cast.__dict__.update(weight.__dict__)
+        return multiply(input=input, weight=cast, **kwargs)
+
+    module._forward_impl = forward
 
 
-def pretend() -> None:
+def pretend(recipe: str) -> None:
     """Make megatron-core take `Quantized` for Transformer Engine's class, and give it to the layers' matrices."""
     patched: Any = fp8_utils
+    patched.HAVE_TE_MXFP8TENSOR, patched.MXFP8Tensor = recipe == "mxfp8", Quantized
     patched.HAVE_TE_FP8_TENSOR_CLASS, patched.FP8_TENSOR_CLASS = True, Quantized
     patched._modify_underlying_storage_impl, patched._quantize_param_shard_impl = _move, _cast
     buffers: Any = param_and_grad_buffer
     buffers._coalescing_manager = _one_by_one
-    patched.te_post_all_gather_processing = lambda parameters: processed.append(len(parameters))
+    patched.te_post_all_gather_processing = lambda parameters: None
 
     def built(*args: Any, **kwargs: Any) -> LanguageModel:
         chunk = LanguageModel(*args, **kwargs)
-        if chunk.config.fp8_param:
-            for layer in chunk.decoder.layers:
-                for name, module in layer.named_modules():
-                    if name.endswith(LINEAR):
-                        _quantize(module)
+        for layer in chunk.decoder.layers if chunk.config.fp8 else ():
+            for name, module in layer.named_modules():
+                if name.endswith(LINEAR):
+                    (_quantize if chunk.config.fp8_param else _cast_in_forward)(module)
         return chunk
 
     megacpt.model.build.LanguageModel = built  # type: ignore[assignment,misc]
@@ -148,12 +156,23 @@ def _quantize(module: torch.nn.Module) -> None:
     module._parameters["weight"] = parameter
 
 
-def start(config: Config, *, gathers: bool) -> Job:
-    """A job on this rank's CPU; with `gathers`, the layers' matrices are FP8 parameters."""
-    pretend()
+def start(config: Config, *, gathers: bool, recipe: str = "tensorwise") -> Job:
+    """A job in FP8 on this rank's CPU; with `gathers`, the layers' matrices are FP8 parameters.
+
+    For `mxfp8` megatron-core has another way from main parameters to these, which then have no place in its buffers.
+    """
+    pretend(recipe)
     plan = make_plan(config, dist.get_world_size(), on_gpu=False)
-    if gathers:
-        keys = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param_gather": True}
-        model = config.model.model_copy(update=keys)
-        plan = replace(plan, config=config.model_copy(update={"model": model}))
+    keys = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": gathers}
+    plan = replace(plan, config=config.model_copy(update={"model": config.model.model_copy(update=keys)}))
     return build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
+
+
+def quantized_of(job: Job) -> dict[str, torch.Tensor]:
+    """The FP8 parameters of this rank, dequantised, by chunk and name."""
+    return {
+        f"{number}.{name}": parameter.dequantize()
+        for number, chunk in enumerate(job.chunks)
+        for name, parameter in chunk.named_parameters()
+        if isinstance(parameter, Quantized)
+    }
