@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megacpt.config.tree import Config
 from megacpt.train.memory import gathered_bytes, stage_state
+from megacpt.train.optimizer import distributed_parts
 from tests.jobs import (
     Section,
     importing_config,
@@ -89,6 +90,11 @@ def steps(
         assert wrapped.ddp_config.fp8_param_gather
         shared = {buffer.param_data.data_ptr() == buffer.grad_data.data_ptr() for buffer in wrapped.buffers}
         assert shared == ({False, True} if recipe == "mxfp8" else {False})
+        kept = [p for p in wrapped.parameters() if isinstance(p, Quantized)]
+        assert not any("high_precision" in name for p in kept for name in vars(p)), "what was drawn at first is gone"
+        assert all(p.tensor_model_parallel for p in kept), "and what is attached has stayed"  # type: ignore[attr-defined]
+    for part in distributed_parts(job.optimizer) if gathers else ():
+        assert part.config.fp8_recipe == recipe
     history = [step(job) for _ in range(job.progress.iteration, until)]
     if save:
         job.save()
