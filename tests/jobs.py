@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
@@ -15,6 +16,7 @@ from megacpt.data.tokens.indexed import write_dataset
 from megacpt.runtime.setup import setup
 from megacpt.train.build import build_job
 from megacpt.train.job import Job
+from megacpt.train.optimizer import main_and_model_parameters, optimizer_parts, own_shards, updated_by
 from megacpt.train.planning import make_plan
 
 Section = Mapping[str, Any]
@@ -80,6 +82,14 @@ def small_config(folder: Path, model: Section = NOTHING, **sections: Section) ->
     return config_from(tree, "test")
 
 
+def importing_config(
+    folder: Path, source: Path, vocab_size: int, layout: Section = NOTHING, **sections: Section
+) -> Config:
+    """The same from a Hugging Face folder, which brings the shape."""
+    tree = small_config(folder, {"vocab_size": vocab_size}, **sections).model_dump()
+    return config_from(tree | {"model": dict(layout), "init": {"hf": str(source)}}, "test")
+
+
 def start(config: Config) -> Job:
     """Plan, set up and build on this rank."""
     plan = make_plan(config, dist.get_world_size(), on_gpu=False)
@@ -118,3 +128,30 @@ def relative_difference(found: Sequence[Sequence[float]], expected: Sequence[Seq
     """The largest |found / expected - 1|."""
     ratio = torch.tensor(found, dtype=torch.float64) / torch.tensor(expected, dtype=torch.float64)
     return float((ratio - 1).abs().max())
+
+
+def parameters_of(job: Job) -> dict[str, torch.Tensor]:
+    """This rank's parameters by chunk and name, as floats."""
+    return {
+        f"{number}.{name}": parameter.detach().float().clone()
+        for number, chunk in enumerate(job.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def main_parameters_of(job: Job) -> dict[str, tuple[slice, torch.Tensor]]:
+    """By the same names: which elements of the flat parameter this rank updates, and their fp32 main parameters."""
+    names = {
+        parameter: f"{number}.{name}"
+        for number, chunk in enumerate(job.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+    found = {}
+    for part in optimizer_parts(job.optimizer):
+        if isinstance(part, DistributedOptimizer):
+            for _, parameter, span in own_shards(part):
+                found[names[parameter]] = span, updated_by(part, parameter).detach().clone()
+        else:
+            for main, parameter in main_and_model_parameters(part):
+                found[names[parameter]] = slice(None), main.detach().flatten().clone()  # type: ignore[index]
+    return found

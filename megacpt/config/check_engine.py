@@ -18,6 +18,7 @@ FP8_KEYS = (
     "fp8_margin",
     "fp8_amax_history_len",
     "fp8_amax_compute_algo",
+    "fp8_param_gather",
     "first_last_layers_bf16",
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
@@ -42,6 +43,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_kernels(config, architecture),
         *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
+        *_fp8_parameters(config),
         *_context_parallel(config, architecture),
         *_overlap(config),
         *_optimizer(config, bf16),
@@ -173,6 +175,48 @@ def _fp8_shapes(config: Config, architecture: Architecture) -> Iterator[str]:
     for name, size in sizes.items():
         if size % unit:
             yield f"model.fp8_recipe {model.fp8_recipe} needs multiples of {unit}, but {name} is {size}; change it"
+
+
+def _fp8_parameters(config: Config) -> Iterator[str]:
+    model, optimizer = config.model, config.optimizer
+    if not model.fp8_param_gather:
+        return
+    if not optimizer.use_distributed_optimizer:
+        yield (
+            "model.fp8_param_gather needs optimizer.use_distributed_optimizer, whose main parameters are cast to FP8 "
+            "and gathered; set both or neither"
+        )
+    if model.fp8_recipe == "mxfp8" and optimizer.overlap_param_gather:
+        yield (
+            "model.fp8_param_gather with fp8_recipe mxfp8 gathers parameters through the gradient buffer, before the "
+            "next step writes gradients there; leave optimizer.overlap_param_gather or one of them out"
+        )
+    if optimizer.optimizer_cpu_offload:
+        yield (
+            "optimizer.optimizer_cpu_offload would make main parameters of weights rounded to FP8 "
+            "(model.fp8_param_gather); set one of them only"
+        )
+    if optimizer.use_precision_aware_optimizer and model.fp8_recipe == "delayed":
+        yield (
+            "optimizer.use_precision_aware_optimizer makes main parameters of FP8 weights with fp8_recipe delayed "
+            "(model.fp8_param_gather); choose another recipe or the plain optimizer"
+        )
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if optimizer.use_precision_aware_optimizer and getattr(optimizer, name) in ("fp16", "fp8"):
+            yield (
+                f"optimizer.{name} {getattr(optimizer, name)} would go into checkpoints without its scale "
+                "(model.fp8_param_gather, megatron-core 0.19); choose bf16 or fp32"
+            )
+    if config.train.freeze.top + config.train.freeze.bottom:
+        yield (
+            "model.fp8_param_gather would leave frozen layers with weights rounded to FP8 and no main parameters to "
+            "save in their place; unset train.freeze or leave it out"
+        )
+    if config.diagnostics.weight_update.at or config.diagnostics.weight_update.every is not None:
+        yield (
+            "diagnostics.weight_update compares weights as checkpoints hold them, and with model.fp8_param_gather no "
+            "rank has them but in FP8; unset one of them"
+        )
 
 
 def _context_parallel(config: Config, architecture: Architecture) -> Iterator[str]:

@@ -118,6 +118,9 @@ class Model(Section):
     fp8_margin: NonNegativeInt = Field(0, description="delayed: powers of two kept free above the largest value")
     fp8_amax_history_len: PositiveInt = Field(1024, description="delayed: steps of the history of maxima")
     fp8_amax_compute_algo: Literal["max", "most_recent"] = Field("max", description="delayed: which of them counts")
+    fp8_param_gather: bool = Field(
+        False, description="weights of the FP8 layers are kept and gathered in FP8 (distributed optimizer)"
+    )
     first_last_layers_bf16: bool = Field(False, description="with fp8: the outermost layers stay in bf16")
     num_layers_at_start_in_bf16: NonNegativeInt = Field(1, description="so many at the input")
     num_layers_at_end_in_bf16: NonNegativeInt = Field(1, description="and at the output")

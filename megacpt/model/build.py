@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Freeze, Model
+from megacpt.model.full_precision import is_quantized
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.layers import RotatingSelfAttention
 from megacpt.model.spec import block_spec, slots
@@ -75,8 +76,11 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,
-        # megacpt.model.init draws the weights, whole and layout-independent.
-        perform_initialization=False,
+        # megacpt.model.init draws the weights, whole and layout-independent. Zeros where a weight is quantised as soon
+        # as it is there: what memory happened to hold would count in delayed scaling's history of maxima.
+        perform_initialization=model.fp8_param_gather,
+        init_method=torch.nn.init.zeros_ if model.fp8_param_gather else None,
+        output_layer_init_method=torch.nn.init.zeros_ if model.fp8_param_gather else None,
         use_cpu_initialization=not on_gpu,
         # megatron-core's own linear layers need apex for it; Transformer Engine's are told in `build_chunks`.
         gradient_accumulation_fusion=model.gradient_accumulation_fusion and apex_adds_gradients(),
@@ -98,6 +102,7 @@ def fp8_settings(model: Model) -> dict[str, Any]:
     return {
         "fp8": model.fp8,
         "fp8_recipe": model.fp8_recipe,
+        "fp8_param": model.fp8_param_gather,
         "fp8_margin": model.fp8_margin,
         "fp8_amax_history_len": model.fp8_amax_history_len,
         "fp8_amax_compute_algo": model.fp8_amax_compute_algo,
@@ -130,12 +135,33 @@ def build_chunks(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-        chunks.append(chunk.to(torch.cuda.current_device(), options.dtype))
+        chunks.append(_placed(chunk, options.dtype))
     if model.gradient_accumulation_fusion:
         for module in (module for chunk in chunks for module in chunk.modules()):
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = True
     return chunks
+
+
+def _placed(chunk: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """On this rank's device and in the model's dtype.
+
+    FP8 parameters have been built so, and keep what is attached to them only if nothing moves them.
+    """
+    quantized = [parameter for parameter in chunk.parameters() if is_quantized(parameter)]
+    if not quantized:
+        return chunk.to(torch.cuda.current_device(), dtype)
+    for parameter in quantized:
+        # Where Transformer Engine kept what it drew, megatron-core would make main parameters of that.
+        for name in ("get_high_precision_init_val", "clear_high_precision_init_val"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+        if hasattr(parameter, "_high_precision_init_val"):
+            del parameter._high_precision_init_val
+    for module in chunk.modules():
+        if not any(is_quantized(parameter) for parameter in module.parameters(recurse=False)):
+            module._apply(lambda t: t.to(torch.cuda.current_device(), dtype if t.is_floating_point() else None), False)
+    return chunk
 
 
 @contextmanager

@@ -7,30 +7,30 @@ Here the seed of a tensor is (run seed, checkpoint key, layer), and a rank keeps
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megacpt.config.architecture import Architecture
+from megacpt.model.full_precision import Originals, fill_parameters
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
-def draw_weights(chunks: Sequence[torch.nn.Module], architecture: Architecture, seed: int, std: float) -> None:
+def draw_weights(
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    seed: int,
+    std: float,
+    originals: Originals | None = None,
+) -> None:
     """Fill every parameter in place: normal(0, std), residual outputs normal(0, std / sqrt(2 L)), norms 1, biases 0.
 
-    Rows of vocabulary padding are 0 as well.
+    Rows of vocabulary padding are 0 as well. `originals` gets the fp32 values that parameters cannot hold.
 
     The scaling by depth is GPT-2's, as in Megatron.
     """
-    for chunk in chunks:
-        sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
-        apply_factories(sharded)
-        for shard in nested_values(sharded):
-            if isinstance(shard, ShardedTensor) and shard.data is not None:
-                _draw_shard(shard, architecture, seed, std)
+    fill_parameters(chunks, lambda shard: _draw_shard(shard, architecture, seed, std), torch.float32, originals)
 
 
 @torch.no_grad()

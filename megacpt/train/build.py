@@ -12,11 +12,13 @@ from megacpt.data.samples.blended import BlendedDataset
 from megacpt.files import disk_errors, lock, write_text
 from megacpt.model.build import BuildOptions, build_chunks, freeze_layers, transformer_config
 from megacpt.model.forward import Batch, stage_reads_batches
+from megacpt.model.full_precision import Originals
 from megacpt.model.userbuffers import make_userbuffers
 from megacpt.runtime.setup import Rank
 from megacpt.train.checkpoint import load_all, remove_partial
 from megacpt.train.guard import Watch
 from megacpt.train.job import Job
+from megacpt.train.main_parameters import set_main_parameters
 from megacpt.train.metrics import MetricsLog
 from megacpt.train.optimizer import build_optimizer, wrap_chunks
 from megacpt.train.plan import Plan
@@ -39,7 +41,8 @@ def build_job(plan: Plan, rank: Rank) -> Job:
     chunks = build_chunks(
         plan.architecture, config.model, transformer_config(plan.architecture, config.model, options), options
     )
-    verdict = initial_weights(plan, chunks) if plan.resume is None else None
+    originals: Originals = {}
+    verdict = initial_weights(plan, chunks, originals) if plan.resume is None else None
     base = base_weights(plan, chunks) if plan.measures_weights and plan.ended is None else None
     freeze_layers(chunks, config.train.freeze)
     wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
@@ -49,6 +52,8 @@ def build_job(plan: Plan, rank: Rank) -> Job:
         plan.dtype,
         torch.float32 if config.precision.grad_reduce_in_fp32 else plan.dtype,
     )
+    set_main_parameters(optimizer, originals)
+    originals.clear()
     if plan.resume is not None:
         load_all(plan.resume.folder, chunks, optimizer, plan.resume.state.iteration)
     folder = Path(config.save.dir)

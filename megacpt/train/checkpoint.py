@@ -10,7 +10,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megacpt.config.architecture import DEFAULTS
 from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
+from megacpt.model.full_precision import Originals, holds, narrowed
 from megacpt.model.gpt import LanguageModel
 from megacpt.train.foreign import holds_layers_one_by_one, take_stored_names
+from megacpt.train.main_parameters import ask_for_main_parameters, make_room, put_main_parameters
 from megacpt.train.optimizer import common_optimizer_state, load_optimizer_state, sharded_optimizer_state
 
 FAILURES = (Exception, CheckpointException)
@@ -190,8 +192,10 @@ def save_checkpoint(
 
     def sharded() -> dict[str, Any]:
         in_common = common_optimizer_state(optimizer, state.iteration)
-        optimizer_state = _optimizer_state(optimizer, chunks, loading=False) | in_common
-        return _model_state(chunks) | {"optimizer": optimizer_state} | beside.common
+        optimizer_state = _optimizer_state(optimizer, chunks, loading=False)
+        model_state = _model_state(chunks)
+        put_main_parameters(model_state, optimizer, optimizer_state)
+        return model_state | {"optimizer": optimizer_state | in_common} | beside.common
 
     def files(folder: Path) -> None:
         write_json(folder / STATE, asdict(state))
@@ -289,10 +293,13 @@ def _surplus(newest: Path, kept: Kept) -> list[Path]:
     return [old for old in oldest_first[: -kept.last] if old != best] if kept.last else []
 
 
-def load_weights(folder: Path, chunks: Sequence[LanguageModel]) -> None:
+def load_weights(folder: Path, chunks: Sequence[LanguageModel], originals: Originals | None = None) -> None:
     """Fill the model's parameters from a checkpoint of any layout, megacpt's or Megatron-LM's.
 
     Other vocabulary padding is cut or zeroed.
+
+    Args:
+        originals: gets what the parameters cannot hold: of fp32 weights, or of the main parameters beside weights.
 
     Raises:
         UserError: the checkpoint's weights are not exactly this model's, in name and shape.
@@ -300,26 +307,28 @@ def load_weights(folder: Path, chunks: Sequence[LanguageModel]) -> None:
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     sharded = _model_state(chunks, layer_by_layer=holds_layers_one_by_one(stored))
     take_stored_names(sharded, stored)
+    instead = set() if originals is None else ask_for_main_parameters(sharded, stored)
     loaded, left_over, absent = _load(sharded, folder, strict="return_all")
     for has, keys in (("lacks", absent), ("holds", left_over)):
-        weights = sorted(key for key in keys if key.startswith(WEIGHTS) and "_extra_state" not in key)
+        weights = sorted(key for key in keys - instead if key.startswith(WEIGHTS) and "_extra_state" not in key)
         if weights:
             raise UserError(
                 f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
                 "checkpoint of the same model, or correct model.*"
             )
-    _restore_weights(chunks, loaded)
+    _restore_weights(chunks, loaded, {} if originals is None else originals)
 
 
 def load_all(folder: Path, chunks: Sequence[LanguageModel], optimizer: MegatronOptimizer, iteration: int) -> None:
     """Fill parameters and optimizer state from a checkpoint of any layout."""
     sharded = _model_state(chunks)
+    make_room(sharded)
     sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=True)
     loaded, _, absent = _load(sharded, folder, strict="return_all")
     missing = sorted(key for key in absent if "_extra_state" not in key)
     if missing:
         raise UserError(f"{folder}: lacks {missing[0]}, which this run needs; choose another checkpoint")
-    _restore_weights(chunks, loaded)
+    _restore_weights(chunks, loaded, {})
     load_optimizer_state(optimizer, loaded.get("optimizer", {}), iteration)
 
 
@@ -334,8 +343,11 @@ def _load(sharded: dict[str, Any], folder: Path, **options: Any) -> Any:
         ) from error
 
 
-def _restore_weights(chunks: Sequence[LanguageModel], loaded: Mapping[str, Any]) -> None:
+def _restore_weights(chunks: Sequence[LanguageModel], loaded: dict[str, Any], originals: Originals) -> None:
     for name, chunk in _named(chunks).items():
+        for key, parameter in chunk.named_parameters():
+            if not holds(parameter, loaded[name][key].dtype):
+                loaded[name][key] = narrowed(parameter, loaded[name][key], originals)
         # There Transformer Engine's modules keep FP8's history; a checkpoint of local layers has none: it starts anew.
         result = chunk.load_state_dict(loaded[name], strict=False)
         wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megacpt.config.architecture import DEFAULTS
 from megacpt.data.mixture.ledger import table
-from megacpt.train.memory import Setting, checkpoint_bytes
+from megacpt.train.memory import Setting, checkpoint_bytes, gathered_bytes
 from megacpt.train.memory_table import memory_table, size
 from megacpt.train.plan import Plan, fingerprint
 
@@ -94,6 +94,10 @@ def _layers(plan: Plan) -> Iterator[str]:
     if model.fp8 is not None:
         outer = f"; {model.num_layers_at_start_in_bf16} + {model.num_layers_at_end_in_bf16} outermost layers in bf16"
         yield f"fp8 {model.fp8}, recipe {model.fp8_recipe}{outer if model.first_last_layers_bf16 else ''}"
+    if model.fp8_param_gather:
+        stages = range(plan.layout.pipeline)
+        ours, bf16 = (max(gathered_bytes(plan.setting, s, fp8=fp8) for s in stages) for fp8 in (True, False))
+        yield f"parameters of the FP8 layers in FP8; a rank gathers up to {size(ours)} a step (in bf16: {size(bf16)})"
     overlap = {
         "TP communication (tp_comm_overlap)": model.tp_comm_overlap,
         "gradient reduction": optimizer.overlap_grad_reduce,

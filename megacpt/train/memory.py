@@ -93,11 +93,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter tensor of a rank. `shared`: the tied embedding where two stages hold it."""
+    """One parameter tensor of a rank. `shared`: the tied embedding where two stages hold it; `fp8`: kept in FP8."""
 
     numel: int
     trains: bool = True
     shared: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class State:
     """What a rank of one pipeline stage holds all the time: elements and bytes.
 
     Attributes:
-        weights: with FP8 also the copies that its matmuls read.
+        weights: with FP8 also the copies that its matmuls read, or FP8 parameters and their transposes.
         optimizer: fp32 main parameters (bf16 only) and moments.
         host: of main parameters, moments and their gradients what is offloaded to host memory; not in `total`.
     """
@@ -137,20 +138,28 @@ def chunk_parameters(setting: Setting, stage: int, chunk: int) -> list[Parameter
     table = Parameter(setting.vocabulary_rows * hidden, shared=tied and setting.layout.pipeline > 1)
     norm, layer = _norm(shape), _layer(shape, setting.layout.tensor, engine=setting.engine)
     found = [table] if first else []
-    found += [Parameter(n, setting.trains(number)) for number in setting.layers(stage, chunk) for n in layer]
+    found += [
+        Parameter(n, setting.trains(number), fp8=is_matrix and keeps_fp8(setting, number))
+        for number in setting.layers(stage, chunk)
+        for n, is_matrix in layer
+    ]
     if last:
-        found += [Parameter(n) for n in norm]
+        found += [Parameter(n) for n, _ in norm]
     if last and not (first and tied):
         found.append(table)
     return found
 
 
-def _norm(shape: Architecture) -> list[int]:
-    return [shape.hidden_size] * (shape.norm_parameters // shape.hidden_size)
+Tensors = list[tuple[int, bool]]
+"""Elements of each, and whether it is a matrix of a linear layer."""
 
 
-def _layer(shape: Architecture, tp: int, *, engine: bool = False) -> list[int]:
-    """Elements of a layer's tensors on one tensor-parallel rank."""
+def _norm(shape: Architecture) -> Tensors:
+    return [(shape.hidden_size, False)] * (shape.norm_parameters // shape.hidden_size)
+
+
+def _layer(shape: Architecture, tp: int, *, engine: bool = False) -> Tensors:
+    """A layer's tensors on one tensor-parallel rank."""
     hidden, qkv, fc1 = shape.hidden_size, shape.qkv_size // tp, shape.fc1_size // tp
     projection = _linear(shape.kv_channels * shape.num_attention_heads // tp * hidden, hidden, shape)
     # Transformer Engine's norm is a part of the linear layer that follows it, which is built after the projection.
@@ -164,14 +173,15 @@ def _layer(shape: Architecture, tp: int, *, engine: bool = False) -> list[int]:
     ]
 
 
-def _linear(matrix: int, bias: int, shape: Architecture) -> list[int]:
-    return [matrix, bias] if shape.add_bias_linear else [matrix]
+def _linear(matrix: int, bias: int, shape: Architecture) -> Tensors:
+    return [(matrix, True), (bias, False)] if shape.add_bias_linear else [(matrix, True)]
 
 
 def stage_state(setting: Setting, stage: int) -> State:
     """Weights, gradients and optimizer state of a rank of `stage`.
 
-    - Weights: the model's dtype. The distributed optimizer moves trained ones into padded buffers, to gather them.
+    - Weights: the model's dtype. The distributed optimizer moves trained ones into padded buffers, to gather them; FP8
+      ones into buffers of their own, but for mxfp8's, which are gathered through the gradient buffer.
     - Gradients: megatron-core's DDP keeps one buffer per chunk for the whole step, fp32 or the model's dtype.
     - Optimizer: AdamW's two fp32 moments, and in bf16 an fp32 copy of the parameter; a 1/DP share of the buffers under
       the distributed optimizer (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). Of its ranks, those whose share
@@ -188,12 +198,14 @@ def stage_state(setting: Setting, stage: int) -> State:
     chunks = [chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)]
     everything = sum(p.numel for chunk in chunks for p in chunk)
     frozen = sum(p.numel for chunk in chunks for p in chunk if not p.trains)
-    buffers = sum(sum(buckets(setting, stage, [p for p in chunk if p.trains])) for chunk in chunks)
+    plain = sum(sum(buckets(setting, stage, [p for p in chunk if p.trains and not p.fp8])) for chunk in chunks)
+    fp8 = sum(sum(buckets(setting, stage, [p for p in chunk if p.fp8])) for chunk in chunks)
+    buffers = plain + fp8
     shares = setting.layout.data * setting.layout.context if optimizer.use_distributed_optimizer else 1
     offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
     return State(
         parameters=everything,
-        weights=(frozen + buffers) * item + _fp8_copies(setting, stage),
+        weights=(frozen + plain) * item + _fp8_bytes(setting, stage, fp8),
         gradients=buffers * gradient_item,
         optimizer=round(buffers * state_item(setting) * (1 - offloaded)) // shares,
         host=round(buffers * OFFLOADED_ITEM * offloaded) // shares,
@@ -217,10 +229,34 @@ def is_fp8(setting: Setting, number: int) -> bool:
     return model.num_layers_at_start_in_bf16 <= number < layers - model.num_layers_at_end_in_bf16
 
 
-def _fp8_copies(setting: Setting, stage: int) -> int:
-    """A matrix and its transpose, kept between micro-batches (Hopper's FP8 matmul knows one layout of operands)."""
+def keeps_fp8(setting: Setting, number: int) -> bool:
+    """Whether the matrices of layer `number` are parameters in FP8, and not in FP8 for its matmuls only."""
+    return setting.config.model.fp8_param_gather and is_fp8(setting, number)
+
+
+def _fp8_bytes(setting: Setting, stage: int, buffers: int) -> int:
+    """A matrix and its transpose, kept between micro-batches (Hopper's FP8 matmul knows one layout of operands).
+
+    Args:
+        buffers: elements of the padded buffers where the matrices are parameters in FP8.
+    """
+    model = setting.config.model
     layers = sum(is_fp8(setting, n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))
-    return 2 * layers * setting.architecture.layer_matmul_parameters // setting.layout.tensor
+    matrices = layers * setting.architecture.layer_matmul_parameters // setting.layout.tensor
+    return matrices + (buffers if model.fp8_param_gather and model.fp8_recipe != "mxfp8" else matrices)
+
+
+def gathered_bytes(setting: Setting, stage: int, *, fp8: bool) -> int:
+    """Bytes of parameters that a rank of `stage` has from others after each step (distributed optimizer).
+
+    Args:
+        fp8: as they are kept with `fp8_param_gather`; mxfp8's go in bf16 all the same.
+    """
+    ranks = setting.layout.data * setting.layout.context
+    chunks = [chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)]
+    small = fp8 and setting.config.model.fp8_recipe != "mxfp8"
+    whole = sum(p.numel * (1 if p.fp8 and small else setting.dtype.itemsize) for chunk in chunks for p in chunk)
+    return whole * (ranks - 1) // ranks
 
 
 def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterator[int]:
@@ -257,7 +293,7 @@ def base_weights_bytes(setting: Setting) -> int:
     The first rank of a tensor-parallel group has the norms; a data-parallel rank keeps its part of each tensor.
     """
     tensors = _layer(setting.architecture, setting.layout.tensor) * setting.chunk_layers * setting.chunks
-    return sum(-(-count // setting.layout.data) for count in tensors) * setting.dtype.itemsize
+    return sum(-(-count // setting.layout.data) for count, _ in tensors) * setting.dtype.itemsize
 
 
 def round_up(value: int, unit: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from megacpt.data.mixture.table import aligned
-from megacpt.train.memory import Setting, State, base_weights_bytes, stage_state
+from megacpt.train.memory import FP32, Setting, State, base_weights_bytes, stage_state
 from megacpt.train.peak import Peak, stage_peak
 
 COLUMNS = (
@@ -51,7 +51,10 @@ def memory_table(setting: Setting) -> Iterator[str]:
     host = max(state.host for state, _ in held)
     if host:
         yield f"and in host memory up to {size(host)} a rank: main parameters, moments and their gradients (offloaded)"
-    if setting.config.model.fp8 is not None:
+    if setting.config.model.fp8_param_gather:
+        yield "weights: of the FP8 layers a matrix and its transpose in FP8, and none in bf16"
+        yield _originals(setting)
+    elif setting.config.model.fp8 is not None:
         yield "weights: with FP8, also a matrix and its transpose of each layer in FP8"
     weight_update = setting.config.diagnostics.weight_update
     if weight_update.at or weight_update.every is not None:
@@ -59,6 +62,14 @@ def memory_table(setting: Setting) -> Iterator[str]:
             f"and in host memory up to {size(base_weights_bytes(setting))} a rank, the weights of iteration 0 "
             "(diagnostics.weight_update)"
         )
+
+
+def _originals(setting: Setting) -> str:
+    most = max(stage_state(setting, stage).parameters for stage in range(setting.layout.pipeline))
+    return (
+        f"and in host memory, until there is an optimizer, up to {size(FP32 * most)} a rank: weights as they were "
+        "read or drawn (half of it from a bf16 source)"
+    )
 
 
 def _optimizer(setting: Setting) -> str:

@@ -38,6 +38,8 @@ def wrap_chunks(
         overlap_param_gather=optimizer.overlap_param_gather,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         check_for_nan_in_grad=False,
+        fp8_param_gather=chunks[0].config.fp8_param,
+        reuse_grad_buf_for_mxfp8_param_ag=_gathers_mxfp8(chunks[0]),
     )
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
     if not torch.cuda.is_available():
@@ -54,6 +56,11 @@ def wrap_chunks(
     if optimizer.overlap_param_gather and len(wrapped) > 1:
         config.param_sync_func = [w.start_param_sync for w in wrapped]
     return wrapped
+
+
+def _gathers_mxfp8(chunk: LanguageModel | DistributedDataParallel) -> bool:
+    """Whether parameters are mxfp8's: megatron-core gathers them in bf16, through the gradient buffer."""
+    return chunk.config.fp8_param and chunk.config.fp8_recipe == "mxfp8"
 
 
 def build_optimizer(
@@ -80,10 +87,13 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         overlap_param_gather=optimizer.overlap_param_gather,
+        # megatron-core takes it for the recipe of the parameters, and does nothing with it for plain ones.
+        fp8_recipe=wrapped[0].config.fp8_recipe if wrapped[0].config.fp8_param else None,
+        reuse_grad_buf_for_mxfp8_param_ag=_gathers_mxfp8(wrapped[0]),
         **_state_settings(optimizer, gradients),
     )
     built = get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
-    for part in _parts(built):
+    for part in optimizer_parts(built):
         if isinstance(part.optimizer, torch.optim.AdamW) and not torch.cuda.is_available():
             # megatron-core makes torch's AdamW as it comes: on a CPU a dozen passes over a parameter in place of one.
             for group in part.optimizer.param_groups:
@@ -118,17 +128,18 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that it consists of and that have parameters."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The parts of an optimizer that are sharded over data-parallel ranks."""
-    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    return [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
-def _main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pairs of what the inner optimizer updates and the model parameter it stands for."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for mains, models in zip(part.fp32_from_float16_groups, part.float16_groups, strict=True):
@@ -140,7 +151,8 @@ def _main_and_model_parameters(part: MegatronOptimizer) -> Iterator[tuple[torch.
             yield from zip(group["params"], group["params"], strict=True)
 
 
-def _allocate(part: MegatronOptimizer) -> None:
+def allocate_state(part: MegatronOptimizer) -> None:
+    """Make the state that a first step would make, to be overwritten."""
     inner = part.optimizer
     if isinstance(inner, HybridDeviceOptimizer):
         # Its state appears in a step; what that writes is about to be overwritten.
@@ -164,15 +176,15 @@ def sharded_optimizer_state(
     """
     by_parameter = {id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)}
     state = {}
-    for index, part in enumerate(_parts(optimizer)):
+    for index, part in enumerate(optimizer_parts(optimizer)):
         if loading or not part.optimizer.state:
-            _allocate(part)
+            allocate_state(part)
         if isinstance(part, DistributedOptimizer):
             whole = part.sharded_param_state_fully_reshardable(model_state, loading, {})
             state[index] = {number: _named(tensors, part.config.bf16) for number, tensors in whole.items()}
             continue
         entries = {}
-        for number, (main, model) in enumerate(_main_and_model_parameters(part)):
+        for number, (main, model) in enumerate(main_and_model_parameters(part)):
             tensors = {name: part.optimizer.state[main][name] for name in MOMENTS}
             if main is not model:
                 tensors[MAIN] = main.data
@@ -194,7 +206,7 @@ def common_optimizer_state(optimizer: MegatronOptimizer, iteration: int) -> dict
 
     megacpt does not read it. In fp32 the plain optimizer finds it, in bf16 the distributed one, one level deeper.
     """
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     if len(parts) != 1:
         return {}
     (part,) = parts
@@ -218,12 +230,12 @@ def load_optimizer_state(
 
     A part without parameters (all of this stage's are frozen) may be missing.
     """
-    for index, part in enumerate(_parts(optimizer)):
+    for index, part in enumerate(optimizer_parts(optimizer)):
         entries = state.get(index, {})
         if isinstance(part, DistributedOptimizer):
             _load_shards(part, entries)
         else:
-            for number, (main, _) in enumerate(_main_and_model_parameters(part)):
+            for number, (main, _) in enumerate(main_and_model_parameters(part)):
                 for name in MOMENTS:
                     part.optimizer.state[main][name].copy_(entries[number][name])
                 if MAIN in entries[number]:
@@ -232,30 +244,47 @@ def load_optimizer_state(
 
 
 def _load_shards(part: DistributedOptimizer, entries: dict[int, dict[str, Any]]) -> None:
-    """Cut this rank's shards out of whole tensors; parameters are numbered as the gradient buffers hold them."""
-    number = -1
-    for buffer, ranges_by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
-        (buckets,) = ranges_by_dtype.values()
-        here = {parameter: spans["param"] for bucket in buckets for parameter, spans in bucket["param_map"].items()}
-        for parameter in buffer.param_index_map:
-            number += 1
-            if parameter not in here:
-                continue
-            span = slice(here[parameter].start, here[parameter].end)
-            shards = {name: tensor.flatten()[span] for name, tensor in entries[number].items()}
-            if part.config.use_precision_aware_optimizer:
-                _set_scaled(part, parameter, shards)
-                continue
-            group, order = part.model_param_group_index_map[parameter]
-            main = part.optimizer.param_groups[group]["params"][order]
-            for name, shard in shards.items():
-                target = main if name == MAIN else part.optimizer.state[main][name]
-                target.copy_(shard)
+    """Cut this rank's shards out of whole tensors."""
+    for number, parameter, span in own_shards(part):
+        shards = {name: tensor.flatten()[span] for name, tensor in entries[number].items()}
+        if part.config.use_precision_aware_optimizer:
+            set_scaled(part, parameter, shards)
+            continue
+        main = updated_by(part, parameter)
+        for name, shard in shards.items():
+            target = main if name == MAIN else part.optimizer.state[main][name]
+            target.copy_(shard)
     if isinstance(part.optimizer, HybridDeviceOptimizer):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def _set_scaled(part: DistributedOptimizer, parameter: torch.Tensor, shards: dict[str, torch.Tensor]) -> None:
+def numbered(part: DistributedOptimizer) -> Iterator[tuple[int, torch.nn.Parameter]]:
+    """Parameters as they are numbered: in the order of the gradient buffers."""
+    return enumerate(parameter for buffer in part.buffers for parameter in buffer.param_index_map)
+
+
+def own_shards(part: DistributedOptimizer) -> Iterator[tuple[int, torch.nn.Parameter, slice]]:
+    """The parameters of which this rank updates something, with their numbers, and what of them, flat."""
+    here = {
+        parameter: spans["param"]
+        for ranges_by_dtype in part.gbuf_ranges
+        for buckets in ranges_by_dtype.values()
+        for bucket in buckets
+        for parameter, spans in bucket["param_map"].items()
+    }
+    for number, parameter in numbered(part):
+        if parameter in here:
+            yield number, parameter, slice(here[parameter].start, here[parameter].end)
+
+
+def updated_by(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What the inner optimizer knows of a parameter: this rank's part of the main parameter, or what stands for it."""
+    group, order = part.model_param_group_index_map[parameter]
+    updated: torch.Tensor = part.optimizer.param_groups[group]["params"][order]
+    return updated
+
+
+def set_scaled(part: DistributedOptimizer, parameter: torch.Tensor, shards: dict[str, torch.Tensor]) -> None:
     """Into state that may be in another dtype, or in host memory, than it is saved in (fp32)."""
     device = torch.cuda.current_device()
     part._set_main_param_and_optimizer_states(

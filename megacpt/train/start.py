@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
 from megacpt.model.build import without_fp8
+from megacpt.model.full_precision import Originals, unquantized
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
 from megacpt.model.hf.gate import check_import
@@ -21,21 +22,24 @@ from megacpt.train.plan import Plan
 from megacpt.train.weight_update import BaseWeights, check_base, record_base, recorded_origin
 
 
-def initial_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str | None:
+def initial_weights(plan: Plan, chunks: Sequence[LanguageModel], originals: Originals) -> str | None:
     """Draw, load or import; returns what there is to say about an import.
+
+    `originals` gets what the parameters cannot hold of it.
 
     Raises:
         UserError: the checkpoint does not fit, or the gate refuses the import.
     """
     init = plan.config.init
     if init.hf is not None:
-        return _import_weights(plan, chunks)
+        return _import_weights(plan, chunks, originals)
     if init.checkpoint is None:
-        draw_weights(chunks, plan.architecture, plan.config.train.seed, plan.config.model.init_method_std)
+        seed, std = plan.config.train.seed, plan.config.model.init_method_std
+        draw_weights(chunks, plan.architecture, seed, std, originals)
         return None
     folder = find_checkpoint(init.checkpoint)
     assert folder is not None, "the plan has found it"
-    load_weights(folder, chunks)
+    load_weights(folder, chunks, originals)
     return None
 
 
@@ -82,18 +86,18 @@ def _existing(origin: str) -> Path:
     return Path(origin)
 
 
-def _import_weights(plan: Plan, chunks: Sequence[LanguageModel]) -> str:
+def _import_weights(plan: Plan, chunks: Sequence[LanguageModel], originals: Originals) -> str:
     assert plan.origin is not None
     source = plan.origin.source
     assert source is not None, "init.hf has been opened"
-    fill_weights(chunks, source)
+    fill_weights(chunks, source, originals=originals)
     try:
         if not plan.config.init.gate:
             return f"NO GATE: whether the weights of {source.folder} were imported rightly has not been checked"
         dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
         sequences, length = GATE_SHAPE
         tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
-        with without_fp8(chunks):
+        with without_fp8(chunks), unquantized(chunks, originals):
             return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
     finally:
         source.close()

@@ -53,4 +53,5 @@ def _precision(plan: Plan) -> str:
     if model.fp8 is None:
         return ""
     outer = f", {model.num_layers_at_start_in_bf16} + {model.num_layers_at_end_in_bf16} layers in bf16"
-    return f" | fp8 {model.fp8}, {model.fp8_recipe}{outer if model.first_last_layers_bf16 else ''}"
+    kept = ", parameters in FP8" if model.fp8_param_gather else ""
+    return f" | fp8 {model.fp8}, {model.fp8_recipe}{kept}{outer if model.first_last_layers_bf16 else ''}"

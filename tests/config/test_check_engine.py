@@ -25,6 +25,7 @@ SHAPE = {
 }
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PRECISE = {"use_distributed_optimizer": True, "use_precision_aware_optimizer": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 
 
@@ -96,6 +97,7 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
         ({"model": {"first_last_layers_bf16": True}}, ["first_last_layers_bf16", "fp8 is null"]),
         ({"model": {"fp8_recipe": "blockwise"}}, ["fp8_recipe", "fp8 is null"]),
         ({"model": {"fp8_amax_history_len": 16}}, ["fp8_amax_history_len", "fp8 is null"]),
+        ({"model": {"fp8_param_gather": True}}, ["fp8_param_gather", "fp8 is null"]),
         (
             {"model": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_margin": 1}},
             ["fp8_margin", "delayed", "tensorwise"],
@@ -198,3 +200,55 @@ def test_precision() -> None:
 )
 def test_what_can_run_is_accepted(sections: dict[str, Any]) -> None:
     check(**sections)
+
+
+SHARDED = {"use_distributed_optimizer": True}
+BF16_MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
+def gathering(recipe: str, **more: Any) -> dict[str, Any]:
+    return {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": True} | more
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optimizer": {}}, ["fp8_param_gather needs optimizer.use_distributed_optimizer"]),
+        (
+            {"model": gathering("mxfp8"), "optimizer": SHARDED | OVERLAP},
+            ["mxfp8", "gradient buffer", "optimizer.overlap_param_gather"],
+        ),
+        ({"optimizer": PRECISE | {"optimizer_cpu_offload": True}}, ["optimizer_cpu_offload", "fp8_param_gather"]),
+        (
+            {"model": gathering("delayed"), "optimizer": PRECISE},
+            ["use_precision_aware_optimizer", "delayed", "fp8_param_gather"],
+        ),
+        ({"optimizer": PRECISE | {"exp_avg_dtype": "fp16"}}, ["exp_avg_dtype fp16", "scale", "fp8_param_gather"]),
+        ({"optimizer": PRECISE | {"exp_avg_sq_dtype": "fp8"}}, ["exp_avg_sq_dtype fp8", "scale", "fp8_param_gather"]),
+        ({"train": {"freeze": {"bottom": 1}}}, ["fp8_param_gather", "train.freeze"]),
+        ({"diagnostics": {"weight_update": {"at": [1]}}}, ["diagnostics.weight_update", "fp8_param_gather"]),
+        ({"diagnostics": {"weight_update": {"every": 5}}}, ["diagnostics.weight_update", "fp8_param_gather"]),
+    ],
+)
+def test_fp8_parameters_need(sections: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check(**{"model": gathering("tensorwise"), "optimizer": SHARDED} | sections)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        (gathering("delayed"), SHARDED | OVERLAP),
+        (gathering("tensorwise", first_last_layers_bf16=True), SHARDED | OVERLAP),
+        (gathering("blockwise"), PRECISE | BF16_MOMENTS | OVERLAP),
+        (gathering("mxfp8"), PRECISE | BF16_MOMENTS | {"overlap_grad_reduce": True}),
+    ],
+)
+def test_fp8_parameters_go_with(model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    check(model=model, optimizer=optimizer)
+
+
+def test_fp8_parameters_need_the_engine() -> None:
+    with pytest.raises(UserError, match=r"model\.fp8 hybrid needs Transformer Engine's layers"):
+        check(engine=False, model=gathering("tensorwise"), optimizer=SHARDED)

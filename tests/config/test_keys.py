@@ -45,6 +45,7 @@ model.fp8_recipe
 model.fp8_margin
 model.fp8_amax_history_len
 model.fp8_amax_compute_algo
+model.fp8_param_gather
 model.first_last_layers_bf16
 model.num_layers_at_start_in_bf16
 model.num_layers_at_end_in_bf16

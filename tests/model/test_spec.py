@@ -164,6 +164,22 @@ def test_megatron_core_accepts_what_the_check_accepts(recipe: str, monkeypatch: 
         assert (made.fp8, made.fp8_recipe, made.first_last_layers_bf16) == (fp8, recipe, outer)
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+def test_fp8_parameters_are_built_of_zeros(gathers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised as soon as they are there, whatever lies in fresh memory would be in the history of maxima."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    config, architecture = small({"fp8": "hybrid", "fp8_param_gather": gathers})
+    made = transformer_config(architecture, config.model, BuildOptions(torch.bfloat16, False, engine=True))
+    assert made.fp8_param is gathers
+    assert made.perform_initialization is gathers
+    if gathers:
+        for draw in (made.init_method, made.output_layer_init_method, made.embedding_init_method):
+            assert draw is not None
+            assert not draw(torch.ones(2, 2)).any()
+
+
 def engine_model(model: Section) -> dict[str, Any]:
     """Slots, checkpoint keys and shapes of both implementations, built on a CPU that passes for a GPU host."""
     torch.manual_seed(0)

@@ -192,6 +192,16 @@ def test_a_plan_is_for_the_device_that_is_here_or_named_or_needed(report: Callab
     needed = report("model.transformer_impl=transformer_engine", "model.fp8=hybrid", "precision.dtype=bf16")
     assert "by pipeline stage, on a GPU" in needed
     assert "fp8 hybrid, recipe delayed" in needed
+    assert "gathers up to" not in needed
+
+
+def test_fp8_parameters_are_told(report: Callable[..., str]) -> None:
+    keys = {"model.fp8_recipe": "tensorwise", "model.fp8": "hybrid", "model.transformer_impl": "transformer_engine"}
+    keys |= {"model.fp8_param_gather": "true", "optimizer.use_distributed_optimizer": "true", "precision.dtype": "bf16"}
+    told = report(*(f"{key}={value}" for key, value in keys.items()), "--world-size", "2")
+    assert "parameters of the FP8 layers in FP8; a rank gathers up to" in told
+    assert "weights: of the FP8 layers a matrix and its transpose in FP8, and none in bf16" in told
+    assert "until there is an optimizer" in told
 
 
 def test_the_table_adds_up_and_is_the_measured_arithmetic(config: Path, report: Callable[..., str]) -> None:

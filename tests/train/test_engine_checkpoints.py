@@ -11,12 +11,15 @@ import torch
 
 from megacpt.config.tree import Config
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
+from megacpt.model.full_precision import Originals
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.init import draw_weights
 from megacpt.model.spec import CHECKPOINT_NAMES
 from megacpt.runtime.engine import ENGINE, import_problem
 from megacpt.runtime.setup import Layout, setup
 from megacpt.train.checkpoint import load_all, load_weights, save_weights
+from megacpt.train.main_parameters import set_main_parameters
+from megacpt.train.optimizer import distributed_parts, own_shards
 from megacpt.train.planning import make_plan
 from tests.jobs import small_config
 from tests.ranks import run_ranks
@@ -84,8 +87,6 @@ def optimizer_of(config: Config, chunks: list[LanguageModel]) -> Any:
 
 def states(optimizer: Any) -> list[torch.Tensor]:
     """Moments and main parameters, in fp32, in the order of the gradient buffer."""
-    from megacpt.train.optimizer import distributed_parts
-
     (part,) = distributed_parts(optimizer)
     found = []
     for parameter in part.model_param_group_index_map:
@@ -137,3 +138,25 @@ def move_state(folder: Path) -> None:
 
 def test_state_moves_between_optimizers_that_keep_it_differently(tmp_path: Path) -> None:
     run_ranks(move_state, 1, tmp_path)
+
+
+def precise_main_parameters(folder: Path) -> None:
+    setup(Layout(1), 1, threads=1)
+    plain = config_in(folder)
+    precise = plain.model_copy(update={"optimizer": plain.optimizer.model_copy(update=PRECISE)})
+    chunks = build(precise, engine=True)
+    originals: Originals = {}
+    draw_weights(chunks, make_plan(plain, 1, on_gpu=True).architecture, 3, 0.1, originals)
+    optimizer = optimizer_of(precise, chunks)
+    set_main_parameters(optimizer, originals)
+    (part,) = distributed_parts(optimizer)
+    for _, parameter, span in own_shards(part):
+        tensors = part._get_main_param_and_optimizer_states(parameter)
+        expected = originals[parameter] if parameter in originals else parameter.detach().float()
+        assert torch.equal(tensors["param"], expected.flatten()[span])
+        assert not tensors["exp_avg"].any()
+    assert originals
+
+
+def test_main_parameters_within_the_engine_s_optimizer_begin_with_what_was_drawn(tmp_path: Path) -> None:
+    run_ranks(precise_main_parameters, 1, tmp_path)

@@ -15,7 +15,7 @@ from megacpt.config.architecture import resolve_architecture
 from megacpt.config.check import check_config
 from megacpt.config.load import config_from
 from megacpt.runtime.setup import Layout
-from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, stage_state
+from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, gathered_bytes, stage_state
 from megacpt.train.peak import peak, stage_peak, warm_up
 from tests.ranks import run_ranks
 from tests.train.memory_meter import Meter, settle_collectives
@@ -175,11 +175,11 @@ def batches_of(where: Setting) -> Callable[[Any], Any]:
 
 def optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
     """Moments, and main parameters that are not the model's own."""
-    from megacpt.train.optimizer import _main_and_model_parameters, _parts
+    from megacpt.train.optimizer import main_and_model_parameters, optimizer_parts
 
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     states = [v for part in parts for s in part.optimizer.state.values() for k, v in s.items() if k != "step"]
-    mains = [m for part in parts for m, _ in _main_and_model_parameters(part)]
+    mains = [m for part in parts for m, _ in main_and_model_parameters(part)]
     return sum(t.nbytes for t in (*states, *(m for m in mains if m.untyped_storage().data_ptr() not in weights)))
 
 
@@ -396,6 +396,28 @@ def test_fp8_adds_copies_of_weights_and_takes_from_activations() -> None:
     # Inputs of qkv and fc1 (h each) and of fc2 (f) in one byte, the output of attention once more.
     tokens, shape = 128, plain.architecture
     assert saved[2] - saved[0] == 4 * tokens * (2 * shape.hidden_size + shape.ffn_hidden_size - shape.hidden_size)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8"])
+def test_fp8_parameters_take_the_place_of_bf16_ones(recipe: str) -> None:
+    keys = ENGINE | {"fp8_recipe": recipe}
+    cast, kept = (
+        engine_setting(model=keys | {"fp8_param_gather": gathers}, optimizer=DISTRIBUTED) for gathers in (False, True)
+    )
+    matrices = 4 * cast.architecture.layer_matmul_parameters
+    states = [stage_state(where, 0) for where in (cast, kept)]
+    # Their buffers are padded by themselves.
+    assert states[0].weights - states[1].weights == pytest.approx(2 * matrices, abs=1024)
+    assert states[0].gradients == pytest.approx(states[1].gradients, abs=2048)
+    outer = engine_setting(
+        model=keys | {"fp8_param_gather": True, "first_last_layers_bf16": True}, optimizer=DISTRIBUTED
+    )
+    assert stage_state(outer, 0).weights - states[1].weights == pytest.approx(0, abs=1024)
+    four = replace(kept, layout=Layout(4))
+    bf16 = gathered_bytes(four, 0, fp8=False)
+    saved = 0 if recipe == "mxfp8" else matrices * 3 // 4
+    assert bf16 - gathered_bytes(four, 0, fp8=True) == saved
+    assert bf16 == 2 * states[0].parameters * 3 // 4
 
 
 def test_the_engine_keeps_less_than_local_layers() -> None:

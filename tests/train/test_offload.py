@@ -16,8 +16,9 @@ from megacpt.config.tree import Config
 from megacpt.runtime.setup import setup
 from megacpt.train.build import build_job
 from megacpt.train.job import Job
+from megacpt.train.optimizer import own_shards, updated_by
 from megacpt.train.planning import make_plan
-from tests.jobs import relative_difference, small_config, step
+from tests.jobs import parameters_of, relative_difference, small_config, step
 from tests.ranks import run_ranks
 
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -95,3 +96,32 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, then: di
 
 def train_then_save(config: Config, until: int) -> list[tuple[float, float]]:
     return train(config, until, save=True)
+
+
+def offloaded_main_parameters(config: Config) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    tell_host_from_device()
+    job = job_of(config)
+    (part,) = job.optimizer.chained_optimizers
+    mains = [part.optimizer.param_to_fp32_param[updated_by(part, p)].clone() for _, p, _ in own_shards(part)]
+    return parameters_of(job), [main.detach().as_subclass(torch.Tensor) for main in mains]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_main_parameters_begin_with_what_was_drawn(tmp_path: Path, fraction: float) -> None:
+    offload = configuration(tmp_path, OFFLOAD | {"optimizer_offload_fraction": fraction})
+    exact = offload.model_copy(
+        update={
+            "precision": offload.precision.model_copy(update={"dtype": "fp32"}),
+            "optimizer": configuration(tmp_path, DISTRIBUTED).optimizer,
+        }
+    )
+    ((_, found),) = run_ranks(offloaded_main_parameters, 1, offload)
+    ((values, mains),) = run_ranks(drawn, 1, exact)
+    assert len(found) == len(mains) == len(values)
+    assert all(torch.equal(a, b) for a, b in zip(found, mains, strict=True))
+
+
+def drawn(config: Config) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    job = job_of(config)
+    (part,) = job.optimizer.chained_optimizers
+    return parameters_of(job), [p.detach().flatten()[span] for _, p, span in own_shards(part)]

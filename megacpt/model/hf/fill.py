@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megacpt.model.full_precision import Originals, Place, fill_parameters
 from megacpt.model.hf.rows import cut
 from megacpt.model.hf.source import Source
 from megacpt.model.hf.table import Family, Weight, checkpoint_key
@@ -26,17 +26,10 @@ class Target(NamedTuple):
     data: torch.Tensor
 
 
-def targets(chunks: Sequence[torch.nn.Module], family: Family) -> list[Target]:
-    """What this rank has to fill, layer by layer; megatron-core says which part of the whole each shard is."""
+def targets(place: Place, family: Family) -> list[Target]:
+    """What there is to fill of a parameter; megatron-core says which part of the whole each shard is."""
     weights = {weight.key: weight for weight in family.weights}
-    found = []
-    for chunk in chunks:
-        sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
-        apply_factories(sharded)
-        for shard in nested_values(sharded):
-            if isinstance(shard, ShardedTensor) and shard.data is not None:
-                found.append(_target(shard, weights))
-    return sorted(found, key=lambda target: -1 if target.layer is None else target.layer)
+    return [_target(shard, weights) for shard in place.shards(place.parameter)]
 
 
 def _target(shard: ShardedTensor, weights: dict[str, Weight]) -> Target:
@@ -47,14 +40,24 @@ def _target(shard: ShardedTensor, weights: dict[str, Weight]) -> Target:
     return Target(weight, layer if weight.in_layer else None, tuple(shard.global_offset[axes:]), shard.data)
 
 
-def fill_weights(chunks: Sequence[torch.nn.Module], source: Source, report: Report = lambda count: None) -> None:
+def fill_weights(
+    chunks: Sequence[torch.nn.Module],
+    source: Source,
+    report: Report = lambda count: None,
+    originals: Originals | None = None,
+) -> None:
     """Fill every parameter of this rank, converting to its dtype; rows of vocabulary padding become zero.
 
-    Memory: the parameters, one slice of one tensor, and the pages of one safetensors file.
+    Memory: the parameters, one slice of one tensor, the pages of one safetensors file, and what goes into `originals`
+    (`megacpt.model.full_precision.fill_parameters`).
     """
-    for target in targets(chunks, source.family):
-        fill_target(target, source)
-        report(target.data.numel())
+    weights = {weight.key: weight for weight in source.family.weights}
+
+    def fill(shard: ShardedTensor) -> None:
+        fill_target(_target(shard, weights), source)
+        report(shard.data.numel())
+
+    fill_parameters(chunks, fill, source.dtype, originals)
 
 
 @torch.no_grad()
