@@ -57,9 +57,7 @@ def from_tokenizer_json(reference: HuggingFaceTokenizer) -> Definition:
             raise Unsuited("its BPE does not work on bytes")
         missing = [byte for byte in sorted(ByteLevel.alphabet()) if not reference.has_token(byte)]
         if missing:
-            parts["vocab"] = _joined(
-                parts["vocab"], {byte: reference.vocab_size + i for i, byte in enumerate(missing)}
-            )
+            parts["vocab"] = _joined(parts["vocab"], {byte: reference.vocab_size + i for i, byte in enumerate(missing)})
     parts["merges"] = _paired(parts.get("merges", b"[]"))
     # Added tokens that are matched in any text: each amid letters, and amid white space.
     added = [token for token in reference.outline["added_tokens"] if not token["special"]]
@@ -166,7 +164,7 @@ def _read_model(model: bytes) -> tuple[list[tuple[str, float, int]], dict[int, A
 
 
 def _usual_piece(message: bytes) -> tuple[str, float, int] | None:
-    """`_piece` of one that is written as usual, many times faster: a short text, a score, a type unless it is normal."""
+    """`_piece` of one written as usual, many times faster: a short text, a score, a type unless it is normal."""
     if len(message) < 8 or message[0] != TEXT_KEY or message[1] > 127:
         return None
     score_at = 2 + message[1]
