@@ -11,7 +11,6 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from megacpt.data.tokens.tokenizer import (
     load_tokenizer,
     sizes_of,
 )
+from megacpt.data.tokens.versions import installed_version
 from megacpt.errors import UserError
 
 ENGINES = ("auto", "fast", "reference")
@@ -115,7 +115,7 @@ class FastTokenizer:
         texts = [*SAMPLES, *reference.special_tokens, *self._definition.samples]
         with _breakage_is_unsuited():
             self._build()
-            self.engine = f"gigatoken {version('gigatoken')}"
+            self.engine = f"gigatoken {installed_version('gigatoken')}"
             frame = framing(reference)
             if frame is None:
                 raise Unsuited("how it frames a text is not understood")

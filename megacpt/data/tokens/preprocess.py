@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ from megacpt.data.tokens.indexed import bin_path, token_dtype
 from megacpt.data.tokens.interrupt import held_back
 from megacpt.data.tokens.manifest import Manifest, ShardInfo, TokenizerInfo
 from megacpt.data.tokens.outputs import Dataset, clear_the_way, finish
-from megacpt.data.tokens.ray_cluster import encode_on_ray
 from megacpt.data.tokens.shards import WHOLE, Shard, share
 from megacpt.data.tokens.stream import Reporting, stream
 from megacpt.data.tokens.tokenizer import Tokenizer
+from megacpt.data.tokens.versions import installed_version
 from megacpt.data.tokens.work import Work
 from megacpt.data.tokens.workers import Encode, encode_here, encode_in_processes, encode_with
 from megacpt.errors import UserError
@@ -129,6 +128,8 @@ def _open_tokenizer(encoding: Encoding) -> Tokenizer:
 
 def _encoder(job: Job, tokenizer: Tokenizer) -> AbstractContextManager[Encode]:
     if job.engine == "ray":
+        from megacpt.data.tokens.ray_cluster import encode_on_ray
+
         encoding = replace(job.encoding, engine=chosen_engine(tokenizer))
         return encode_with(encode_on_ray(encoding, tokenizer.sha256, job.workers))
     if job.workers in (None, 1):
@@ -172,11 +173,8 @@ def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Ma
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("tokenizers", "sentencepiece", "gigatoken"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    found = {name: installed_version(name) for name in ("tokenizers", "sentencepiece", "gigatoken")}
+    return {"python": platform.python_version()} | {name: it for name, it in found.items() if it is not None}
 
 
 def _announce(work: Work, sources: Sequence[Source]) -> None:

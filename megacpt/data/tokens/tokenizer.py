@@ -25,6 +25,8 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end
 """Names of the end-of-document token where a bare tokenizer.json does not say which it is."""
 HIDDEN = "\ufdd0{key}:{token}\ufdd0"
 """How a special token is spelled inside the encoder: between non-characters, under a key that no text holds."""
+PARTS = ("vocab", "merges")
+"""What is large in a tokenizer.json's model."""
 DECLARED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -152,8 +154,9 @@ class HuggingFaceTokenizer:
     transformers 5.
 
     Attributes:
-        definition: the tokenizer.json that encodes: the file's, its special tokens respelled.
-        outline: the same, parsed, without the model's vocabulary and merges.
+        outline: the tokenizer.json that encodes (the file's, its special tokens respelled), parsed, without the model's
+            vocabulary and merges.
+        parts: these two, as far as it has them, in JSON by name; merges are "left right" where they can be.
         special_tokens: tokens that text does not yield, sorted.
     """
 
@@ -178,17 +181,20 @@ class HuggingFaceTokenizer:
         try:
             hidden = {token: HIDDEN.format(key=self.sha256[:16], token=token) for token in specials}
             spec = _respell(spec, hidden)
-            self.definition = orjson.dumps(spec)
-            self._encoder = _tokenizer_from(self.definition)
-            added = {token["content"] for token in spec["added_tokens"]}
-            self.vocab_size = 1 + max(_largest_id(spec), *map(self._encoder.token_to_id, added), -1)
+            self.outline = _outline(spec)
+            self.parts = {name: orjson.dumps(spec["model"][name]) for name in PARTS if name in spec["model"]}
+            largest = _largest_id(spec)
+            # What was parsed is freed before the library takes as much memory again.
+            del spec
+            self._encoder = _tokenizer_from(definition_of(self.outline, self.parts))
+            added = {token["content"] for token in self.outline["added_tokens"]}
+            self.vocab_size = 1 + max(largest, *map(self._encoder.token_to_id, added), -1)
         except Exception as error:
             # The library raises bare Exception for whatever it cannot build.
             raise foreign from error
         self._decoder: Any = None
         self.engine = _library()
         self.special_tokens = sorted(specials)
-        self.outline = _outline(spec)
         ids = {token: self._encoder.token_to_id(hidden[token]) for token in self.special_tokens}
         self.eod_id = _end_of_document(path, settings, {token: i for token, i in ids.items() if i is not None})
 
@@ -200,13 +206,21 @@ class HuggingFaceTokenizer:
         return Encoded(*flatten([encoding.ids for encoding in encodings]), sizes_of(texts))
 
     def has_token(self, token: str) -> bool:
-        """Whether the vocabulary, as `definition` spells it, has this token."""
+        """Whether the vocabulary, as `parts` spells it, has this token."""
         return self._encoder.token_to_id(token) is not None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         if self._decoder is None:
             self._decoder = _tokenizer_from(self._content)
         return self._decoder.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def definition_of(outline: dict[str, Any], parts: dict[str, bytes]) -> bytes:
+    """A tokenizer.json from its two halves, as `HuggingFaceTokenizer` has them."""
+    import orjson
+
+    model = outline["model"] | {name: orjson.Fragment(part) for name, part in parts.items()}
+    return orjson.dumps(outline | {"model": model})
 
 
 def _library() -> str:
@@ -267,7 +281,7 @@ def _largest_id(spec: dict[str, Any]) -> int:
 
 
 def _outline(spec: dict[str, Any]) -> dict[str, Any]:
-    return {**spec, "model": {name: value for name, value in spec["model"].items() if name not in ("vocab", "merges")}}
+    return {**spec, "model": {name: value for name, value in spec["model"].items() if name not in PARTS}}
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
