@@ -1,8 +1,8 @@
 """Cross-entropy from logits that are spread over the vocabulary of a tensor-parallel group.
 
-The logits are never copied, upcast or turned into probabilities in memory: forward reads them once (`vocabulary`), and
-backward writes their gradient over them, in their dtype with fp32 arithmetic. Ranks exchange three fp32 numbers a token
-in one all-gather; backward needs no collective.
+The logits are never copied or upcast: forward reads them once (`vocabulary`), and backward writes their gradient over
+them, in their dtype with fp32 arithmetic. On a CPU, forward already writes probabilities over fp32 logits that need a
+gradient. Ranks exchange three fp32 numbers a token in one all-gather; backward needs no collective.
 """
 
 from contextlib import suppress
@@ -12,8 +12,16 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megacpt_kernels.dispatch import runs_triton
 from megacpt_kernels.token_losses import SourceSums, token_losses
-from megacpt_kernels.vocabulary import Shard, gather, logit_gradient_, statistics
+from megacpt_kernels.vocabulary import (
+    Shard,
+    gather,
+    logit_gradient_,
+    softmax_gradient_,
+    softmax_statistics_,
+    statistics,
+)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -26,17 +34,31 @@ class _CrossEntropy(torch.autograd.Function):
         shard: Shard,
         sources: SourceSums | None,
     ) -> torch.Tensor:
-        normaliser, losses = token_losses(gather(statistics(logits, targets, shard), shard.group), mask, sources)
-        ctx.save_for_backward(logits, targets, mask, normaliser)
+        on_cpu = not runs_triton(logits, targets)
+        ctx.probabilities = on_cpu and ctx.needs_input_grad[0] and logits.dtype == torch.float32
+        own = None
+        if ctx.probabilities:
+            local = softmax_statistics_(logits, targets, shard)
+            torch.autograd.graph.increment_version(logits)
+            if shard.group is not None:
+                own = local[0] + local[1].log()
+        else:
+            local = statistics(logits, targets, shard)
+        normaliser, losses = token_losses(gather(local, shard.group), mask, sources)
+        ctx.save_for_backward(logits, targets, mask, normaliser, own)
         ctx.shard = shard
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, targets, mask, normaliser = ctx.saved_tensors
-        upstream = dlosses.float() if mask is None else dlosses.float().where(mask != 0, 0.0)
-        logit_gradient_(logits, targets, normaliser, upstream.contiguous(), ctx.shard)
+        logits, targets, mask, normaliser, own = ctx.saved_tensors
+        upstream = (dlosses.float() if mask is None else dlosses.float().where(mask != 0, 0.0)).contiguous()
+        if ctx.probabilities:
+            scale = upstream if own is None else upstream * (own - normaliser).exp_()
+            softmax_gradient_(logits, targets, scale, upstream, ctx.shard)
+        else:
+            logit_gradient_(logits, targets, normaliser, upstream, ctx.shard)
         # Autograd sees no kernel's writes: whoever else kept these logits for backward is told, a second backward too.
         torch.autograd.graph.increment_version(logits)
         return logits, None, None, None, None
@@ -73,8 +95,9 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """The loss of each token; `backward` overwrites the logits with their gradient.
 
-    Logits can therefore be used once: a second backward through them raises autograd's error about tensors that were
-    modified in place. Every rank of `group` calls with the same tokens and gets the same losses.
+    On a CPU, forward has already overwritten fp32 logits that need one. Logits can therefore be used once: a second
+    backward through them raises autograd's error about tensors that were modified in place. Every rank of `group` calls
+    with the same tokens and gets the same losses.
 
     Args:
         logits: [..., V / ranks] fp32 or bf16, this rank's columns, adjacent in memory; a row may have any stride.

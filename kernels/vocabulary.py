@@ -161,12 +161,55 @@ def statistics_reference(logits: torch.Tensor, targets: torch.Tensor, shard: Sha
     """`statistics` in torch."""
     real = logits[:, : shard.real]
     highest = real.amax(1).float() if shard.real else torch.full(logits.shape[:1], LOWEST, device=logits.device)
-    target = targets.long() - shard.first
-    (held,) = torch.where((target >= 0) & (target < shard.real))
+    held, column = _held(targets, shard)
     wanted = torch.full_like(highest, -torch.inf)
-    wanted[held] = real[held, target[held]].float()
+    wanted[held] = real[held, column].float()
     # bf16 minus fp32 is fp32, without a copy of the logits.
     return torch.stack((highest, (real - highest[:, None]).exp_().sum(1), wanted))
+
+
+def softmax_statistics_(logits: torch.Tensor, targets: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """`statistics` of fp32 logits in torch, which leave in their place each row's softmax over this rank's columns.
+
+    A gradient then needs no second exponential. The largest probability is one over the sum of exp.
+    """
+    local = torch.empty((3, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    held, column = _held(targets, shard)
+    local[2] = -torch.inf
+    local[2, held] = logits[held, column]
+    if not shard.real:
+        local[0], local[1] = LOWEST, 0.0
+        logits.zero_()
+        return local
+    logits[:, shard.real :] = -torch.inf
+    torch.amax(logits, 1, out=local[0])
+    if logits.is_contiguous():
+        torch.softmax(logits, 1, out=logits)
+    else:
+        logits.copy_(torch.softmax(logits, 1))
+    torch.amax(logits, 1, out=local[1]).reciprocal_()
+    return local
+
+
+def softmax_gradient_(
+    probabilities: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, shard: Shard
+) -> None:
+    """`logit_gradient_` over what `softmax_statistics_` left.
+
+    Args:
+        scale: [rows], `upstream` times this rank's share of all ranks' sum of exp.
+    """
+    probabilities *= scale[:, None]
+    held, column = _held(targets, shard)
+    probabilities[held, column] -= upstream[held]
+    probabilities[torch.where(upstream == 0)] = 0.0
+
+
+def _held(targets: torch.Tensor, shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows whose target is a token of this rank, and its column."""
+    target = targets.long() - shard.first
+    (held,) = torch.where((target >= 0) & (target < shard.real))
+    return held, target[held]
 
 
 def gather(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -215,9 +258,8 @@ def logit_gradient_reference_(
     """`logit_gradient_` in torch; fp32 logits need no copy."""
     real = logits[:, : shard.real]
     gradient = real.float().sub_(normaliser[:, None]).exp_()
-    target = targets.long() - shard.first
-    (held,) = torch.where((target >= 0) & (target < shard.real))
-    gradient[held, target[held]] -= 1.0
+    held, column = _held(targets, shard)
+    gradient[held, column] -= 1.0
     gradient *= upstream[:, None]
     gradient[torch.where(upstream == 0)] = 0.0
     if gradient.dtype is not real.dtype:

@@ -17,8 +17,9 @@ from megacpt.train.memory import FP32, Setting
 def logits_bytes(setting: Setting) -> int:
     """Logits and cross-entropy of one micro-batch.
 
-    Ours keeps the logits themselves, and per token the target (int64), the normaliser (fp32) and the mask (uint8). That
-    of hidden states has made its gradients: the output layer's in fp32, and the hidden states' in the place of these.
+    Ours keeps the logits themselves, and per token the target (int64), the normaliser (fp32) and the mask (uint8); in
+    fp32 on a CPU, the log-sum-exp of this rank's columns too, where ranks share the vocabulary. That of hidden states
+    has made its gradients: the output layer's in fp32, and the hidden states' in the place of these.
 
     megatron-core's `vocab_parallel_cross_entropy` turns an fp32 copy of the logits into the softmax and keeps it; an
     fp32 model's logits are their own copy. Beside it in bf16: the logits while it is made, their gradient when it is
@@ -32,7 +33,8 @@ def logits_bytes(setting: Setting) -> int:
         table = setting.vocabulary_rows * setting.architecture.hidden_size * FP32
         return table + full_stream_bytes(setting) - stream_bytes(setting)
     if model.own_loss == "megacpt":
-        return tokens_of(setting) * (setting.vocabulary_rows * item + 8 + FP32 + 1)
+        own = FP32 if item == FP32 and not setting.on_gpu and setting.layout.tensor > 1 else 0
+        return tokens_of(setting) * (setting.vocabulary_rows * item + 8 + FP32 + 1 + own)
     if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te":
         return tokens_of(setting) * (setting.vocabulary_rows * item + 1)
     width = setting.vocabulary_rows * (FP32 + (item if item < FP32 else 0))

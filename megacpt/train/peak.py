@@ -127,7 +127,8 @@ def _own_loss(setting: Setting, own: str) -> int:
     # A reference's copies; a GPU's kernels make none.
     copies = 0 if setting.on_gpu else min(SLICE_BYTES, tokens * setting.vocabulary_rows * FP32)
     if own == "megacpt":
-        return max(copies, table * item + stream)
+        # fp32 logits turn into probabilities, and those into the gradient, where they lie.
+        return max(copies if item < FP32 else 0, table * item + stream)
     chunk = min(HeadOptions().chunk_bytes, tokens * setting.vocabulary_rows * item)
     if item < FP32 and not setting.on_gpu:
         copies = max(copies, chunk // item * FP32 + tokens * hidden * FP32)

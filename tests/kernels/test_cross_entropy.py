@@ -72,6 +72,15 @@ def test_somebody_else_who_kept_the_logits_is_told(device: str) -> None:
         squared.backward()
 
 
+def test_losses_are_the_same_with_and_without_a_gradient(device: str) -> None:
+    logits, targets = 4 * torch.randn(6, 50, device=device), torch.arange(6, device=device)
+    kept = logits.clone()
+    losses = vocab_parallel_cross_entropy(logits, targets, real_rows=45)
+    assert torch.equal(logits, kept)
+    with_gradient = vocab_parallel_cross_entropy(logits.requires_grad_() * 1, targets, real_rows=45)
+    assert_close([with_gradient.detach()], [losses], 1e-6)
+
+
 def test_masked_tokens_may_have_any_target_and_any_logits(device: str, small_launches: None) -> None:
     logits = torch.randn(4, 20, device=device)
     logits[1], logits[2, 3] = torch.nan, torch.inf
