@@ -93,9 +93,7 @@ def solve_mixture(
             f"the mixture is not the one of {resume.folder}: {'; '.join(changes)}; restore it, or set "
             "data.accept_change=true to go on from what each source has consumed"
         )
-    at = Start(
-        state.consumed_samples, state.samples_by_source, state.position_by_source or None, state.fixed_by_source
-    )
+    at = Start(state.consumed_samples, state.samples_by_source, state.position_by_source or None, state.fixed_by_source)
     mixture, notes = _solve(config, corpora, schedule, continuation(state.mixture, new, at))
     return mixture, (*notes, f"mixture changed at sample {at.sample:,}: {'; '.join(changes)}")
 
