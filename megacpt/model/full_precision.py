@@ -4,7 +4,7 @@ megatron-core makes its fp32 main parameters of the model's, which are rounded b
 host memory until there is an optimizer to take it (`megacpt.train.main_parameters`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Place(NamedTuple):
         return [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
 
 
-def places(chunks: Sequence[torch.nn.Module]) -> Iterator[Place]:
+def places_of(chunks: Sequence[torch.nn.Module]) -> Iterator[Place]:
     """This rank's parameters, from the input to the output."""
     for chunk in chunks:
         sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
@@ -53,12 +53,12 @@ def holds(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def fill_parameters(
-    chunks: Sequence[torch.nn.Module],
+    places: Iterable[Place],
     fill: Callable[[ShardedTensor], object],
     dtype: torch.dtype,
     originals: Originals | None = None,
 ) -> None:
-    """Fill every parameter of this rank by filling its shards.
+    """Fill parameters of this rank, in the order given, by filling their shards.
 
     Args:
         fill: writes a shard's `data`, in place.
@@ -66,7 +66,7 @@ def fill_parameters(
         originals: gets what parameters cannot hold. Without it they are filled in place, which FP8 ones cannot be: a
             slice of one has no scale of its own.
     """
-    for place in places(chunks):
+    for place in places:
         parameter = place.parameter
         assert originals is not None or not is_quantized(parameter), "FP8 parameters are filled whole"
         if originals is None or holds(parameter, dtype):

@@ -12,7 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megacpt.config.architecture import Architecture
-from megacpt.model.full_precision import Originals, fill_parameters
+from megacpt.model.full_precision import Originals, fill_parameters, places_of
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -30,7 +30,11 @@ def draw_weights(
 
     The scaling by depth is GPT-2's, as in Megatron.
     """
-    fill_parameters(chunks, lambda shard: _draw_shard(shard, architecture, seed, std), torch.float32, originals)
+
+    def draw(shard: ShardedTensor) -> None:
+        _draw_shard(shard, architecture, seed, std)
+
+    fill_parameters(places_of(chunks), draw, torch.float32, originals)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megacpt.model.full_precision import Originals, Place, fill_parameters
+from megacpt.model.full_precision import Originals, Place, fill_parameters, places_of
 from megacpt.model.hf.rows import cut
 from megacpt.model.hf.source import Source
 from megacpt.model.hf.table import Family, Weight, checkpoint_key
@@ -53,11 +53,16 @@ def fill_weights(
     """
     weights = {weight.key: weight for weight in source.family.weights}
 
+    def layer(place: Place) -> int:
+        number = targets(place, source.family)[0].layer
+        return -1 if number is None else number
+
     def fill(shard: ShardedTensor) -> None:
         fill_target(_target(shard, weights), source)
         report(shard.data.numel())
 
-    fill_parameters(chunks, fill, source.dtype, originals)
+    # Layer by layer, as files have them: each is mapped once, and few of its pages at a time.
+    fill_parameters(sorted(places_of(chunks), key=layer), fill, source.dtype, originals)
 
 
 @torch.no_grad()

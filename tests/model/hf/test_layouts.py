@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, transformer_config
-from megacpt.model.full_precision import places
+from megacpt.model.full_precision import places_of
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.families import FAMILIES
 from megacpt.model.hf.fill import Target, fill_target, fill_weights, targets
@@ -123,7 +123,7 @@ def import_wrongly(models: Path, cut: Cut, layer: int) -> list[str]:
     chunks = build(origin, cut)
     for damage in ("swap", "embedding", "output"):
         fill_weights(chunks, origin.source)
-        for target in (t for place in places(chunks) for t in targets(place, FAMILIES["LlamaForCausalLM"])):
+        for target in (t for place in places_of(chunks) for t in targets(place, FAMILIES["LlamaForCausalLM"])):
             wrong = {
                 "swap": target.layer == layer and target.weight.key.endswith("linear_fc1.weight"),
                 "embedding": target.weight.key == "embedding.word_embeddings.weight",

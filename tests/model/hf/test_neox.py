@@ -17,7 +17,7 @@ from megacpt.config.tree import Config, Model
 from megacpt.data.samples.batches import collate
 from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
-from megacpt.model.full_precision import places
+from megacpt.model.full_precision import places_of
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.families import LLAMA, NEOX, family_for
 from megacpt.model.hf.fill import fill_weights, targets
@@ -144,7 +144,7 @@ def import_wrongly(folder: Path) -> dict[str, str]:
     gate("approximate GELU in layer 1")
     layers[1].mlp.activation_func = torch.nn.functional.gelu
     for layer, key in ((2, "self_attention.linear_proj.bias"), (3, "mlp.linear_fc1.layer_norm_bias")):
-        found = (t for place in places(chunks) for t in targets(place, NEOX))
+        found = (t for place in places_of(chunks) for t in targets(place, NEOX))
         (target,) = (t for t in found if t.layer == layer and t.weight.key.endswith(key))
         kept = target.data.clone()
         target.data.zero_()
