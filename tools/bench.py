@@ -71,7 +71,7 @@ def _step_options(parser: argparse.ArgumentParser) -> None:
     add("--cases", nargs="+", metavar="NAME", help="models by name (default: this device's; see bench/train_case.py)")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--steps", type=int, default=10, metavar="N", help="of each contestant in a round, the first three not timed")
-    add("--rounds", type=int, default=1, metavar="N", help="how often each contestant has its turn")
+    add("--rounds", type=int, metavar="N", help="how often each contestant has its turn (default: 1 on a GPU, else 3)")
 
 
 def data(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
@@ -137,7 +137,9 @@ def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     from megacpt.bench import train as steps
 
     deadline = time.monotonic() + 60 * options.minutes
-    run = steps.Run(options.steps, options.rounds, options.dtype or steps.usual_dtype(), deadline)
+    run = steps.Run(
+        options.steps, options.rounds or steps.usual_rounds(), options.dtype or steps.usual_dtype(), deadline
+    )
     steps.measure(recorder, steps.chosen(options.cases), run, work)
 
 

@@ -58,6 +58,11 @@ def usual_dtype() -> str:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
+def usual_rounds() -> int:
+    """How often each contestant has its turn: a shared CPU's speed drifts by more than contestants differ."""
+    return 1 if torch.cuda.is_available() else 3
+
+
 def chosen(names: Sequence[str] | None) -> list[str]:
     """These cases, or all of this device.
 
