@@ -153,11 +153,9 @@ def _placed(chunk: LanguageModel, dtype: torch.dtype) -> LanguageModel:
         return chunk.to(torch.cuda.current_device(), dtype)
     for parameter in quantized:
         # Where Transformer Engine kept what it drew, megatron-core would make main parameters of that.
-        for name in ("get_high_precision_init_val", "clear_high_precision_init_val"):
+        for name in ("get_high_precision_init_val", "clear_high_precision_init_val", "_high_precision_init_val"):
             if hasattr(parameter, name):
                 delattr(parameter, name)
-        if hasattr(parameter, "_high_precision_init_val"):
-            del parameter._high_precision_init_val
     for module in chunk.modules():
         if not any(is_quantized(parameter) for parameter in module.parameters(recurse=False)):
             module._apply(lambda t: t.to(torch.cuda.current_device(), dtype if t.is_floating_point() else None), False)

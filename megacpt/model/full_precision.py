@@ -36,9 +36,13 @@ def places_of(chunks: Sequence[torch.nn.Module]) -> Iterator[Place]:
     """This rank's parameters, from the input to the output."""
     for chunk in chunks:
         sharded: dict[str, Any] = chunk.sharded_state_dict()  # type: ignore[operator]
-        for entry in nested_values(sharded):
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
-                yield Place(entry.data, entry)
+        yield from (Place(entry.data, entry) for entry in tensor_entries(sharded))
+
+
+def tensor_entries(state: dict[str, Any]) -> Iterator[Any]:
+    """The entries of a sharded state dict that hold a tensor."""
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return (entry for entry in nested_values(state) if isinstance(entry, kinds) and entry.data is not None)
 
 
 def is_quantized(tensor: Any) -> bool:

@@ -5,17 +5,16 @@ takes other values for the distributed optimizer alone, and not where Transforme
 parameters.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megacpt.model.full_precision import Originals, holds, is_quantized
+from megacpt.model.full_precision import Originals, holds, is_quantized, tensor_entries
 from megacpt.train.optimizer import (
     MAIN,
     allocate_state,
@@ -71,7 +70,7 @@ def put_main_parameters(
         model_state: the model's sharded state dict; changed in place.
         state: as `sharded_optimizer_state` returned it, to be saved.
     """
-    if not any(is_quantized(entry.data) for entry in _tensors(model_state)):
+    if not any(is_quantized(entry.data) for entry in tensor_entries(model_state)):
         return
     mains = {
         parameter: state[index][number][MAIN].data
@@ -97,12 +96,12 @@ def ask_for_main_parameters(model_state: dict[str, Any], stored: Mapping[str, Sh
     Weights that the model's parameters cannot hold are loaded into tensors of the checkpoint's own dtype.
     """
     instead = set()
-    for entry in _tensors(model_state):
+    for entry in tensor_entries(model_state):
         main = f"optimizer.state.{MAIN}.{entry.key}"
         if main in stored and not holds(entry.data, torch.float32):
             instead.add(entry.key)
             entry.key = main
-    dtypes = {id(entry.data): stored[entry.key].dtype for entry in _tensors(model_state) if entry.key in stored}
+    dtypes = {id(entry.data): stored[entry.key].dtype for entry in tensor_entries(model_state) if entry.key in stored}
     _exchange(
         model_state,
         lambda parameter: torch.empty(parameter.shape, dtype=dtypes[id(parameter)], device="cpu"),
@@ -111,17 +110,11 @@ def ask_for_main_parameters(model_state: dict[str, Any], stored: Mapping[str, Sh
     return instead
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[Any]:
-    """The entries of a sharded state dict that hold a tensor."""
-    kinds = (ShardedTensor, ShardedTensorFactory)
-    return (entry for entry in nested_values(state) if isinstance(entry, kinds) and entry.data is not None)
-
-
 def _exchange(
     state: dict[str, Any], by: Callable[[torch.nn.Parameter], torch.Tensor], which: Callable[[torch.Tensor], bool]
 ) -> None:
     """Put other tensors of the same shape in the places of parameters in a sharded state dict."""
-    for entry in _tensors(state):
+    for entry in tensor_entries(state):
         if which(entry.data):
             entry.data = by(entry.data)
             if isinstance(entry, ShardedTensor):
