@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import fp8_utils
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.transformer import transformer_block
 from torch.utils._pytree import tree_map
 
 import megacpt.model.build
@@ -129,6 +130,8 @@ def pretend(recipe: str) -> None:
     patched.HAVE_TE_MXFP8TENSOR, patched.MXFP8Tensor = recipe == "mxfp8", Quantized
     patched.HAVE_TE_FP8_TENSOR_CLASS, patched.FP8_TENSOR_CLASS = True, Quantized
     patched._modify_underlying_storage_impl, patched._quantize_param_shard_impl = _move, _cast
+    # Where the package is installed, its context asks for a GPU.
+    transformer_block.get_fp8_context = lambda *args, **kwargs: nullcontext()
     buffers: Any = param_and_grad_buffer
     buffers._coalescing_manager = _one_by_one
     patched.te_post_all_gather_processing = lambda parameters: None

@@ -140,7 +140,7 @@ def _own_loss(setting: Setting, own: str) -> int:
 def _layer(setting: Setting, stage: int) -> int:
     """The largest excess of a layer's backward over what it saved."""
     shape, item, tp = setting.architecture, setting.dtype.itemsize, setting.layout.tensor
-    trains = any(setting.trains(n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))
+    trains = _trains(setting, stage)
     fused = setting.config.model.gradient_accumulation_fusion
     weight = shape.hidden_size * shape.ffn_hidden_size // tp * item if trains and not fused else 0
     wide, full = mlp_bytes(setting), full_stream_bytes(setting)
@@ -178,4 +178,28 @@ def _between(setting: Setting, stage: int) -> int:
     elif stage > 0 and setting.micro_batches > warm_up(setting, stage) + 1:
         sent = stream_bytes(setting)
     gathered = full_stream_bytes(setting) * GATHER_BUFFER if setting.config.model.sequence_parallel else 0
-    return sent + gathered
+    return sent + gathered + _stand_ins(setting, stage)
+
+
+def _stand_ins(setting: Setting, stage: int) -> int:
+    """What autograd is given for gradients that a GPU's matmuls have added to the buffer already.
+
+    Transformer Engine keeps one tensor for each shape of weight (`transformer_engine.pytorch.module.base`).
+    """
+    fused = setting.on_gpu and setting.config.model.gradient_accumulation_fusion
+    if not fused or not _trains(setting, stage):
+        return 0
+    shape, tp = setting.architecture, setting.layout.tensor
+    hidden, heads = shape.hidden_size, shape.kv_channels * shape.num_attention_heads
+    shapes = {
+        (shape.qkv_size // tp, hidden),
+        (hidden, heads // tp),
+        (shape.fc1_size // tp, hidden),
+        (hidden, shape.ffn_hidden_size // tp),
+    }
+    return sum(rows * columns for rows, columns in shapes) * setting.dtype.itemsize
+
+
+def _trains(setting: Setting, stage: int) -> bool:
+    """Whether a layer on this stage is not frozen."""
+    return any(setting.trains(n) for chunk in range(setting.chunks) for n in setting.layers(stage, chunk))

@@ -1,6 +1,7 @@
 """Which class fills each slot of the layer specs."""
 
 from dataclasses import fields
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config
 from megacpt.model.layers import RotatingSelfAttention, SwiGLU
 from megacpt.model.spec import Slots, layer_spec, slots
+from megacpt.model.userbuffers import make_userbuffers
 from megacpt.runtime.engine import ENGINE, import_problem
 from megacpt.runtime.setup import Layout, setup
 from tests.jobs import NEOX, NOTHING, SHAPE, Section, small_config, start
@@ -249,3 +251,20 @@ def test_fp8_recipes_are_the_package_s() -> None:
         config, architecture = small({"fp8": "hybrid", "fp8_recipe": recipe})
         made = transformer_config(architecture, config.model, BuildOptions(torch.bfloat16, False, engine=True))
         assert type(get_fp8_recipe(made)).__name__ == name
+
+
+@needs_engine
+def test_userbuffers_are_those_that_the_package_can_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_engine.pytorch.module import base
+
+    takes, asked = signature(base.initialize_ub), []
+    monkeypatch.setattr(base, "initialize_ub", lambda **keys: asked.append(takes.bind(**keys).arguments))
+    modes = base.UserBufferQuantizationMode
+    for keys, expected in (
+        ({}, [modes.NONE]),
+        ({"fp8": "hybrid"}, [modes.FP8]),
+        ({"fp8": "hybrid", "first_last_layers_bf16": True}, [modes.FP8, modes.NONE]),
+    ):
+        make_userbuffers(*small(keys))
+        assert asked[-1]["shape"] == [32, 64]
+        assert asked[-1]["quantization_modes"] == expected

@@ -79,9 +79,21 @@ def test_weights_move_between_local_layers_and_the_engine(tmp_path: Path) -> Non
     run_ranks(exchange, 1, tmp_path)
 
 
+def take_its_optimizer() -> None:
+    """What megatron-core had before its CUDA became the CPU; no step is done with it."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
 def optimizer_of(config: Config, chunks: list[LanguageModel]) -> Any:
     from megacpt.train.optimizer import build_optimizer, wrap_chunks
 
+    take_its_optimizer()
     return build_optimizer(wrap_chunks(chunks, config.optimizer, config.precision), config.optimizer, torch.bfloat16)
 
 

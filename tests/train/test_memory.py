@@ -427,3 +427,15 @@ def test_the_engine_keeps_less_than_local_layers() -> None:
     assert stage_peak(engine_setting(**documents), 0).saved == stage_peak(engine_setting(), 0).saved
     mlp = engine_setting(model={"recompute_granularity": "selective", "recompute_modules": ["mlp"]})
     assert stage_peak(mlp, 0).saved < stage_peak(engine_setting(), 0).saved
+
+
+def test_gradients_that_matmuls_add_leave_one_stand_in_for_each_shape() -> None:
+    """Their own memory is not in the moment of the loss, which a large vocabulary makes the largest."""
+    loss = {"vocab_size": 50_000}
+    plain, fused = (
+        stage_peak(engine_setting(model=loss | {"gradient_accumulation_fusion": fusion}), 0) for fusion in (False, True)
+    )
+    hidden, feed_forward, queries, keys = 128, 256, 128, 64
+    shapes = (queries + 2 * keys) * hidden + queries * hidden + 2 * feed_forward * hidden + feed_forward * hidden
+    assert (fused.saved, fused.logits) == (plain.saved, plain.logits)
+    assert fused.temporary - plain.temporary == 2 * shapes
