@@ -11,6 +11,8 @@ from megacpt.errors import UserError
 
 FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """Both dimensions of an FP8 matmul's operands are multiples of this."""
+HEAD_ALIGNMENT = 8
+"""Of head dimensions that are multiples of this, Transformer Engine has fused attention (flash-attn, cuDNN)."""
 
 
 FP8_KEYS = (
@@ -95,12 +97,35 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             "model.transformer_impl transformer_engine has no parallel residual (its norms are inside the linear "
             "layers); set it to local for this model"
         )
+    torch_only = engine and architecture.kv_channels % HEAD_ALIGNMENT != 0
+    if torch_only and model.attention_backend in ("flash", "fused"):
+        yield (
+            f"model.attention_backend {model.attention_backend} takes head dimensions that are multiples of "
+            f"{HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; leave it at auto, which is torch's "
+            "attention then"
+        )
+    if torch_only and (config.data.reset_attention_mask or model.context_parallel_size > 1):
+        yield (
+            "data.reset_attention_mask and model.context_parallel_size > 1 need Transformer Engine's fused attention, "
+            f"whose head dimensions are multiples of {HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; "
+            "leave them out, or set model.transformer_impl to local to pack documents"
+        )
     if model.cuda_graph_impl != "none" and model.recompute_granularity == "full":
         yield "model.cuda_graph_impl local cannot capture full recomputation; set recompute_granularity to selective"
     if model.cuda_graph_impl != "none" and config.data.reset_attention_mask:
         yield (
             "model.cuda_graph_impl local replays fixed shapes, and data.reset_attention_mask packs documents of any "
             "length; set one of them only"
+        )
+    if model.cuda_graph_impl != "none" and config.eval.tasks:
+        yield (
+            "model.cuda_graph_impl local replays fixed shapes, and eval.tasks scores texts of any length; set one of "
+            "them only, or run tools/evaluate.py on the checkpoints"
+        )
+    if model.cuda_graph_impl != "none" and model.fp8 is not None and "mlp" in (model.recompute_modules or ()):
+        yield (
+            "model.cuda_graph_impl local cannot capture the MLP of recompute_modules in FP8, which Transformer Engine "
+            "recomputes; leave mlp or one of them out"
         )
 
 
@@ -131,6 +156,12 @@ def _fp8(config: Config, architecture: Architecture, bf16: bool) -> Iterator[str
         yield (
             "model.first_last_layers_bf16 does not go with fp8_recipe delayed, whose maxima are reduced once for all "
             "layers; choose tensorwise, blockwise or mxfp8"
+        )
+    probe = config.diagnostics.gradient_probe
+    if model.fp8_recipe == "delayed" and (probe.at or probe.every is not None):
+        yield (
+            "diagnostics.gradient_probe would leave the maxima of its own passes with fp8_recipe delayed; choose "
+            "another recipe, or unset it"
         )
     stage_layers = architecture.num_layers // model.pipeline_model_parallel_size
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
@@ -261,6 +292,11 @@ def _overlap(config: Config) -> Iterator[str]:
         yield (
             "model.tp_comm_overlap overlaps the gathers and scatters of sequence parallelism; set "
             "model.sequence_parallel (and tensor_model_parallel_size > 1), or leave it out"
+        )
+    if model.tp_comm_overlap and model.fp8 is not None and model.fp8_recipe == "blockwise":
+        yield (
+            "model.tp_comm_overlap has no buffers for fp8_recipe blockwise; choose tensorwise or delayed, or leave it "
+            "out"
         )
     if model.tp_comm_overlap and config.data.reset_attention_mask and config.train.micro_batch_size > 1:
         yield (

@@ -174,6 +174,23 @@ def without_fp8(chunks: Sequence[LanguageModel]) -> Iterator[None]:
         config.fp8 = fp8
 
 
+@contextmanager
+def without_userbuffers(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """With ordinary communication, for batches of another shape, or dtype, than the buffers of tp_comm_overlap.
+
+    Without gradients the scatter after a forward's matmul is all that goes through them.
+    """
+    modules: list[Any] = [module for chunk in chunks for module in chunk.modules()]
+    overlapping = [module for module in modules if getattr(module, "ub_overlap_rs_fprop", False)]
+    for module in overlapping:
+        module.ub_overlap_rs_fprop = False
+    try:
+        yield
+    finally:
+        for module in overlapping:
+            module.ub_overlap_rs_fprop = True
+
+
 def freeze_layers(chunks: list[LanguageModel], freeze: Freeze) -> int:
     """Stop gradients into the parameters of the outermost layers; returns how many layers of this rank it froze."""
     frozen = 0

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpt.config.architecture import Architecture
+from megacpt.config.check_engine import HEAD_ALIGNMENT
 from megacpt.config.tree import Model
 from megacpt.model.layers import (
     LayerNorm,
@@ -76,12 +77,14 @@ def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
         activation=SwiGLU if architecture.swiglu and model.own_swiglu(on_gpu=on_gpu) else None,
     )
     if engine:
+        # Its own would write out the scores; torch's pads such heads.
+        unfused = architecture.kv_channels % HEAD_ALIGNMENT != 0 and model.attention_backend == "auto"
         return filled(
             norm=IdentityOp,
             final_norm=TENorm,
             column=TELayerNormColumnParallelLinear,
             row=TERowParallelLinear,
-            attention=TEDotProductAttention,
+            attention=SDPAttention if unfused else TEDotProductAttention,
         )
     norm = NORMS[architecture.normalization]
     return filled(

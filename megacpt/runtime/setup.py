@@ -140,7 +140,8 @@ def setup(
 
     from megatron.core import tensor_parallel
 
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=cuda_graphs)
+    # While graphs are captured, Transformer Engine's attention takes no other tracker of random states than its own.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=cuda_graphs, use_cudagraphable_rng=cuda_graphs)
     return Rank(dist.get_rank(), dist.get_world_size(), local_rank, device, threads)
 
 

@@ -25,7 +25,8 @@ def logits_bytes(setting: Setting) -> int:
     fp32 model's logits are their own copy. Beside it in bf16: the logits while it is made, their gradient when it is
     used. And per token the target's place (int64), whether it is on this rank (bool), and the mask (bool).
 
-    Transformer Engine's fused loss writes the gradient over the logits and keeps nothing beside it.
+    Transformer Engine's fused loss keeps a copy of the logits, which turns into their gradient, and two statistics per
+    token (fp32).
     """
     item = setting.dtype.itemsize
     model = setting.config.model
@@ -35,10 +36,16 @@ def logits_bytes(setting: Setting) -> int:
     if model.own_loss == "megacpt":
         own = FP32 if item == FP32 and not setting.on_gpu and setting.layout.tensor > 1 else 0
         return tokens_of(setting) * (setting.vocabulary_rows * item + 8 + FP32 + 1 + own)
-    if model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te":
-        return tokens_of(setting) * (setting.vocabulary_rows * item + 1)
+    if engine_loss(setting):
+        return tokens_of(setting) * (setting.vocabulary_rows * item + 2 * FP32 + 1)
     width = setting.vocabulary_rows * (FP32 + (item if item < FP32 else 0))
     return tokens_of(setting) * (width + 8 + 1 + 1)
+
+
+def engine_loss(setting: Setting) -> bool:
+    """Whether the loss is Transformer Engine's."""
+    model = setting.config.model
+    return model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te"
 
 
 def chunk_bytes(setting: Setting, stage: int, chunk: int) -> int:

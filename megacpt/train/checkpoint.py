@@ -27,6 +27,7 @@ from megacpt.errors import UserError
 from megacpt.files import disk_errors, sync_directory, write_json, write_text
 from megacpt.model.full_precision import Originals, holds, narrowed
 from megacpt.model.gpt import LanguageModel
+from megacpt.train.engine_state import is_engine_state, own_engine_state, without_engine_state
 from megacpt.train.foreign import holds_layers_one_by_one, take_stored_names
 from megacpt.train.main_parameters import ask_for_main_parameters, make_room, put_main_parameters
 from megacpt.train.optimizer import common_optimizer_state, load_optimizer_state, sharded_optimizer_state
@@ -305,12 +306,12 @@ def load_weights(folder: Path, chunks: Sequence[LanguageModel], originals: Origi
         UserError: the checkpoint's weights are not exactly this model's, in name and shape.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    sharded = _model_state(chunks, layer_by_layer=holds_layers_one_by_one(stored))
+    sharded = without_engine_state(_model_state(chunks, layer_by_layer=holds_layers_one_by_one(stored)))
     take_stored_names(sharded, stored)
     instead = set() if originals is None else ask_for_main_parameters(sharded, stored)
     loaded, left_over, absent = _load(sharded, folder, strict="return_all")
     for has, keys in (("lacks", absent), ("holds", left_over)):
-        weights = sorted(key for key in keys - instead if key.startswith(WEIGHTS) and "_extra_state" not in key)
+        weights = sorted(key for key in keys - instead if key.startswith(WEIGHTS) and not is_engine_state(key))
         if weights:
             raise UserError(
                 f"{folder}: {has} {weights[0]}, which this run's model has{'' if has == 'lacks' else ' not'}; choose a "
@@ -325,10 +326,11 @@ def load_all(folder: Path, chunks: Sequence[LanguageModel], optimizer: MegatronO
     make_room(sharded)
     sharded["optimizer"] = _optimizer_state(optimizer, chunks, loading=True)
     loaded, _, absent = _load(sharded, folder, strict="return_all")
-    missing = sorted(key for key in absent if "_extra_state" not in key)
+    missing = sorted(key for key in absent if not is_engine_state(key))
     if missing:
         raise UserError(f"{folder}: lacks {missing[0]}, which this run needs; choose another checkpoint")
-    _restore_weights(chunks, loaded, {})
+    with own_engine_state():
+        _restore_weights(chunks, loaded, {})
     load_optimizer_state(optimizer, loaded.get("optimizer", {}), iteration)
 
 
@@ -348,7 +350,7 @@ def _restore_weights(chunks: Sequence[LanguageModel], loaded: dict[str, Any], or
         for key, parameter in chunk.named_parameters():
             if not holds(parameter, loaded[name][key].dtype):
                 loaded[name][key] = narrowed(parameter, loaded[name][key], originals)
-        # There Transformer Engine's modules keep FP8's history; a checkpoint of local layers has none: it starts anew.
+        # FP8's history may be absent: it was not asked for, or the checkpoint is one of local layers.
         result = chunk.load_state_dict(loaded[name], strict=False)
-        wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]
+        wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if not is_engine_state(key)]
         assert not wrong, f"loaded state and model differ: {wrong}"

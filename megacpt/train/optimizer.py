@@ -211,8 +211,10 @@ def common_optimizer_state(optimizer: MegatronOptimizer, iteration: int) -> dict
         return {}
     (part,) = parts
     # Whether torch steps in one pass is this machine's affair.
+    # Nor are the classes by which an offloading optimizer names its parts: who lacks the package could not open them.
     groups = [
-        {k: None if k == "fused" else v for k, v in group.items() if k != "params"} for group in part.param_groups
+        {k: None if k == "fused" else v for k, v in group.items() if k != "params" and not isinstance(v, type)}
+        for group in part.param_groups
     ]
     inner: dict[str, Any] = {"param_groups": [group | {"step": iteration} for group in groups]}
     if part.config.bf16:
@@ -285,8 +287,12 @@ def updated_by(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> tor
 
 
 def set_scaled(part: DistributedOptimizer, parameter: torch.Tensor, shards: dict[str, torch.Tensor]) -> None:
-    """Into state that may be in another dtype, or in host memory, than it is saved in (fp32)."""
-    device = torch.cuda.current_device()
+    """Into state that may be in another dtype than it is saved in (fp32), or in host memory.
+
+    With offloaded state these very tensors become it, and the part that stays on the GPU is moved there afterwards: all
+    of it would not fit.
+    """
+    device = "cpu" if isinstance(part.optimizer, HybridDeviceOptimizer) else torch.cuda.current_device()
     part._set_main_param_and_optimizer_states(
         parameter, {name: shard.detach().clone().float().to(device) for name, shard in shards.items()}
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from megacpt.train.activations import (
     chunk_bytes,
+    engine_loss,
     full_stream_bytes,
     head_bytes,
     logits_bytes,
@@ -114,8 +115,8 @@ def _loss(setting: Setting) -> int:
         return _own_loss(setting, own)
     gradient = tokens_of(setting) * setting.vocabulary_rows * item
     padded = setting.vocabulary_rows * setting.layout.tensor > shape.vocab_size
-    # In bf16 the fp32 softmax is free when the gradient is copied.
-    copy = gradient if padded and item == FP32 else 0
+    # In bf16 the fp32 softmax is free when the gradient is copied. Transformer Engine's loss copies what it reads.
+    copy = gradient if (padded and item == FP32) or engine_loss(setting) else 0
     weight = setting.vocabulary_rows * shape.hidden_size * item
     return max(copy, gradient + weight + full_stream_bytes(setting) - logits_bytes(setting))
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megacpt.data.samples.blended import BlendedDataset
 from megacpt.errors import UserError
-from megacpt.model.build import without_fp8
+from megacpt.model.build import without_fp8, without_userbuffers
 from megacpt.model.full_precision import Originals, unquantized
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.fill import fill_weights
@@ -97,7 +97,7 @@ def _import_weights(plan: Plan, chunks: Sequence[LanguageModel], originals: Orig
         dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
         sequences, length = GATE_SHAPE
         tokens = np.stack([dataset.sample(k).tokens[:-1][:length] for k in range(sequences)])
-        with without_fp8(chunks), unquantized(chunks, originals):
+        with without_fp8(chunks), without_userbuffers(chunks), unquantized(chunks, originals):
             return str(check_import(chunks, source, plan.architecture, torch.from_numpy(tokens)))
     finally:
         source.close()

@@ -15,6 +15,7 @@ from megacpt.eval.live import LiveModel
 from megacpt.eval.results import Row, error_row, read_items, rows_of, write_items
 from megacpt.eval.suites import GROUPS, SUITES, Selection, select
 from megacpt.eval.task_data import TaskData
+from megacpt.model.build import without_userbuffers
 from megacpt.model.hf.source import gguf_file
 from megacpt.train.live import run_codec
 from megacpt.train.origin import Origin, find_tokenizer
@@ -49,7 +50,8 @@ class Tasks:
 
         model = LiveModel(chunks, self.max_length, self.batch_tokens)
         present = [task for task in self.selection.tasks if task not in self.absent]
-        evaluation = evaluate_tasks(model, self.codec, present, self.data, self.limit)
+        with without_userbuffers(chunks):
+            evaluation = evaluate_tasks(model, self.codec, present, self.data, self.limit)
         if evaluation is None:
             return []
         base_file = self.folder / items_file(0)

@@ -26,6 +26,8 @@ SHAPE = {
 SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PRECISE = {"use_distributed_optimizer": True, "use_precision_aware_optimizer": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+MLP_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+ODD_HEADS = {"kv_channels": 20}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 
 
@@ -164,6 +166,22 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
             {"model": SP | {"tp_comm_overlap": True}, "data": DOCUMENTS, "train": {"micro_batch_size": 2}},
             ["tp_comm_overlap", "micro_batch_size"],
         ),
+        (
+            {"model": SP | {"tp_comm_overlap": True, "fp8": "hybrid", "fp8_recipe": "blockwise"}},
+            ["tp_comm_overlap", "blockwise", "tensorwise"],
+        ),
+        ({"model": {"cuda_graph_impl": "local"}, "eval": {"tasks": ["arc_easy"]}}, ["cuda_graph_impl", "eval.tasks"]),
+        (
+            {"model": {"cuda_graph_impl": "local", "fp8": "hybrid"} | MLP_AGAIN},
+            ["cuda_graph_impl", "recompute_modules", "FP8"],
+        ),
+        (
+            {"model": {"fp8": "hybrid"}, "diagnostics": {"gradient_probe": {"every": 5, "domain": ["a"]}}},
+            ["gradient_probe", "fp8_recipe delayed"],
+        ),
+        ({"model": ODD_HEADS | {"attention_backend": "flash"}}, ["attention_backend flash", "multiples of 8", "20"]),
+        ({"model": ODD_HEADS, "data": DOCUMENTS}, ["reset_attention_mask", "multiples of 8", "20"]),
+        ({"model": ODD_HEADS | {"context_parallel_size": 2}}, ["context_parallel_size", "multiples of 8", "20"]),
     ],
 )
 def test_what_cannot_run_is_one_sentence(sections: dict[str, Any], words: list[str]) -> None:
@@ -192,7 +210,9 @@ def test_precision() -> None:
         {"model": {"fp8": "hybrid", "fp8_recipe": "blockwise", "first_last_layers_bf16": True}},
         {"model": SP | {"tp_comm_overlap": True, "gradient_accumulation_fusion": True}},
         {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a"}},
-        {"model": {"cuda_graph_impl": "local", "recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
+        {"model": {"cuda_graph_impl": "local"} | MLP_AGAIN},
+        {"model": ODD_HEADS},
+        {"model": ODD_HEADS | {"attention_backend": "unfused"}},
         {"data": DOCUMENTS, "train": {"micro_batch_size": 2}},
         {"optimizer": PRECISE | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8"}},
         {"optimizer": PRECISE | {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}},

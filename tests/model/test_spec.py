@@ -15,7 +15,7 @@ from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
 from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config
-from megacpt.model.layers import RotatingSelfAttention, SwiGLU
+from megacpt.model.layers import RotatingSelfAttention, SDPAttention, SwiGLU
 from megacpt.model.spec import Slots, layer_spec, slots
 from megacpt.model.userbuffers import make_userbuffers
 from megacpt.runtime.engine import ENGINE, import_problem
@@ -137,6 +137,22 @@ def test_the_engine_fills_its_slots_by_name() -> None:
     assert not layer_spec(architecture, config.model, engine=True).submodules.sharded_state_dict_keys_map
 
 
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({}, "SDPAttention"),
+        ({"attention_backend": "unfused"}, "TEDotProductAttention"),
+        ({"kv_channels": 24}, "TEDotProductAttention"),
+    ],
+)
+def test_torch_attends_in_the_engine_where_no_fused_attention_takes_the_heads(keys: Section, name: str) -> None:
+    import megatron.core.extensions.transformer_engine as te
+
+    config, architecture = small({"kv_channels": 100} | keys)
+    found = slots(architecture, config.model, engine=True).attention
+    assert found is (SDPAttention if name == "SDPAttention" else te.TEDotProductAttention)
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_core_accepts_what_the_check_accepts(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every combination of the FP8 keys that are read: both refuse the same ones."""
@@ -224,6 +240,36 @@ def test_class_in_every_slot_of_the_engine(normalization: str) -> None:
     assert norm.startswith("transformer_engine.pytorch")
     assert norm.endswith(normalization)
     assert state == found["False"][2], "a checkpoint of one is a checkpoint of the other"
+
+
+def userbuffers() -> list[list[bool]]:
+    """Whether each layer's output goes through buffers: before, during and after a look at other batches."""
+    from megacpt.model.build import without_userbuffers
+
+    setup(Layout(1), 1, threads=1)
+    config, architecture = small()
+    torch.cuda.is_available = lambda: True
+    options = BuildOptions(torch.bfloat16, restart_positions=False, engine=True)
+    made = transformer_config(architecture, config.model, options)
+    made.use_cpu_initialization = True
+    chunks = build_chunks(architecture, config.model, made, options)
+    projections = [layer.self_attention.linear_proj for layer in chunks[0].decoder.layers]
+    # As its constructor leaves it on a GPU where tp_comm_overlap is set.
+    for projection in projections:
+        assert projection.ub_overlap_rs_fprop is False
+        projection.ub_overlap_rs_fprop = True
+    found = [[p.ub_overlap_rs_fprop for p in projections]]
+    with without_userbuffers(chunks):
+        found.append([p.ub_overlap_rs_fprop for p in projections])
+    return [*found, [p.ub_overlap_rs_fprop for p in projections]]
+
+
+@needs_engine
+def test_other_batches_than_a_step_s_do_without_userbuffers() -> None:
+    ((before, during, after),) = run_ranks(userbuffers, 1)
+    assert all(before)
+    assert before == after
+    assert not any(during)
 
 
 @needs_engine

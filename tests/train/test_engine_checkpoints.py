@@ -172,3 +172,61 @@ def precise_main_parameters(folder: Path) -> None:
 
 def test_main_parameters_within_the_engine_s_optimizer_begin_with_what_was_drawn(tmp_path: Path) -> None:
     run_ranks(precise_main_parameters, 1, tmp_path)
+
+
+def delayed(folder: Path) -> Config:
+    shape = {"hidden_size": 64, "ffn_hidden_size": 96, "fp8": "hybrid"}
+    return small_config(folder, shape, precision={"dtype": "bf16"}, optimizer={"use_distributed_optimizer": True})
+
+
+def histories(chunks: list[LanguageModel]) -> list[torch.Tensor]:
+    """The maxima of activations and weights that each linear layer remembers, as a step in FP8 makes them."""
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch import quantization
+
+    # Outside a step it would ask the card which recipe is its best.
+    quantization.get_default_fp8_recipe = DelayedScaling
+    found = []
+    for module in chunks[0].modules():
+        if hasattr(module, "fp8_meta") and hasattr(module, "weight"):
+            if not module.fp8_meta["fp8_checkpoint"]:
+                recipe = DelayedScaling(amax_history_len=4)
+                module.fp8_meta |= {"num_gemms": 1, "fp8_checkpoint": True, "recipe": recipe}
+                module.init_fp8_meta_tensors(recipe)
+            found.append(module.fp8_meta["scaling_fwd"].amax_history)
+    return found
+
+
+def move_history(folder: Path) -> None:
+    """A resumed run takes its own; another run that begins from the checkpoint starts with none."""
+    from megatron.core import dist_checkpointing
+
+    from megacpt.train import checkpoint
+
+    setup(Layout(1), 1, threads=1)
+    config = delayed(folder)
+    chunks = build(config, engine=True)
+    draw_weights(chunks, make_plan(config, 1, on_gpu=True).architecture, 3, 0.1)
+    optimizer = optimizer_of(config, chunks)
+    kept = histories(chunks)
+    for number, history in enumerate(kept):
+        history.fill_(number + 1.0)
+    assert len(kept) == 4 * chunks[0].config.num_layers
+    target = folder / "whole"
+    target.mkdir()
+    saved = checkpoint._model_state(chunks)
+    saved["optimizer"] = checkpoint._optimizer_state(optimizer, chunks, loading=False)
+    dist_checkpointing.save(saved, str(target), content_metadata=dict(checkpoint.CONTENT))
+    for resumes in (True, False):
+        others = build(config, engine=True)
+        if resumes:
+            load_all(target, others, optimizer_of(config, others), 5)
+        else:
+            load_weights(target, others)
+        assert same(weights(chunks), weights(others))
+        found = histories(others)
+        assert all(a.equal(b) if resumes else not b.any() for a, b in zip(kept, found, strict=True))
+
+
+def test_the_history_of_delayed_scaling_comes_back_with_a_resumed_run_alone(tmp_path: Path) -> None:
+    run_ranks(move_history, 1, tmp_path)

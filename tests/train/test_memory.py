@@ -439,3 +439,19 @@ def test_gradients_that_matmuls_add_leave_one_stand_in_for_each_shape() -> None:
     shapes = (queries + 2 * keys) * hidden + queries * hidden + 2 * feed_forward * hidden + feed_forward * hidden
     assert (fused.saved, fused.logits) == (plain.saved, plain.logits)
     assert fused.temporary - plain.temporary == 2 * shapes
+
+
+FOUR = {"micro_batch_size": 4, "global_batch_size": 8}
+
+
+def test_the_engine_s_loss_copies_the_logits_and_keeps_the_copy() -> None:
+    large = {"vocab_size": 200_000}
+    ours, engine = (
+        stage_peak(engine_setting(model=large | {"cross_entropy_fusion_impl": name}, train=FOUR), 0)
+        for name in ("megacpt", "te")
+    )
+    where = setting(1, model=large, train=FOUR)
+    tokens, rows = 4 * where.config.data.seq_length, where.vocabulary_rows
+    assert engine.logits == tokens * (2 * rows + 9)
+    assert engine.temporary >= 2 * tokens * rows
+    assert ours.temporary < 0.6 * engine.temporary

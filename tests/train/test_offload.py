@@ -16,7 +16,7 @@ from megacpt.config.tree import Config
 from megacpt.runtime.setup import setup
 from megacpt.train.build import build_job
 from megacpt.train.job import Job
-from megacpt.train.optimizer import own_shards, updated_by
+from megacpt.train.optimizer import common_optimizer_state, own_shards, updated_by
 from megacpt.train.planning import make_plan
 from tests.jobs import parameters_of, relative_difference, small_config, step
 from tests.ranks import run_ranks
@@ -125,3 +125,16 @@ def drawn(config: Config) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     job = job_of(config)
     (part,) = job.optimizer.chained_optimizers
     return parameters_of(job), [p.detach().flatten()[span] for _, p, span in own_shards(part)]
+
+
+def settings(config: Config) -> dict[str, Any]:
+    tell_host_from_device()
+    return common_optimizer_state(job_of(config).optimizer, 7)
+
+
+def test_a_checkpoint_names_no_class_that_its_reader_may_lack(tmp_path: Path) -> None:
+    (found,) = run_ranks(settings, 1, configuration(tmp_path, OFFLOAD))
+    for group in found["optimizer"]["param_groups"]:
+        assert group["step"] == 7
+        assert "cpu_optimizer_cls" not in group
+        assert not any(isinstance(value, type) for value in group.values())
