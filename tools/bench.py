@@ -15,16 +15,15 @@ the reference has no speed.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megacpt.bench.rows import Recorder, append, describe_device, write_readme
+from megacpt.bench.rows import DATA_PARTS, Recorder, describe_device, write_readme
 from megacpt.errors import UserError, exit_code
-
-DATA_PARTS = ("preprocess", "scoring", "index", "read")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -179,19 +178,19 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
 
 
 def record(options: argparse.Namespace) -> None:
-    """Measure, and write the rows."""
+    """Measure. Each row is written as it comes; what is measured by an error or Ctrl-C is told in the README too."""
     if options.command != "data":
         from megacpt.runtime.setup import quiet_third_parties
 
         quiet_third_parties()
-    recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"))
-    with tempfile.TemporaryDirectory() as temporary:
-        COMMANDS[options.command](options, options.work or Path(temporary), recorder)
-    for bench in dict.fromkeys(row.bench for row in recorder.rows):
-        file = "data" if bench in DATA_PARTS else bench
-        append(options.output / f"{file}.csv", [row for row in recorder.rows if row.bench == bench])
-    write_readme(options.output)
-    print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
+    recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"), options.output)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            COMMANDS[options.command](options, options.work or Path(temporary), recorder)
+    finally:
+        if recorder.rows:
+            write_readme(options.output)
+            print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,4 +200,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # `timeout` and Slurm ask with SIGTERM: what was started is to end as well, and the README to be written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

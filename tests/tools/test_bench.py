@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from megacpt.errors import UserError
+
 
 def test_data_needs_its_input(refuse, tmp_path):
     words = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model")
@@ -26,3 +28,15 @@ def test_the_index_alone(run, tmp_path):
     assert (code, out.count("us/sample")) == (0, 1)
     assert (tmp_path / "rows" / "data.csv").read_text().count("us/sample") == 1
     assert "us/sample" in (tmp_path / "rows" / "README.md").read_text()
+
+
+def test_what_was_measured_before_a_failure_is_kept(load_tool, tmp_path, monkeypatch):
+    def breaks(options, work, recorder):
+        recorder.add("train", "a case", "megacpt", 5, "tokens/s")
+        assert "a case" in (tmp_path / "train.csv").read_text()
+        raise UserError("the card fell off the bus")
+
+    bench = load_tool("bench")
+    monkeypatch.setitem(bench.COMMANDS, "train", breaks)
+    assert bench.main(["train", "--output", str(tmp_path)]) == 2
+    assert "| megacpt | 5.0 | tokens/s |" in (tmp_path / "README.md").read_text()
