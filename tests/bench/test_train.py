@@ -6,9 +6,10 @@ from types import MappingProxyType
 import pytest
 
 from megacpt.bench import checkpoint, train
-from megacpt.bench.contestant import read_result
+from megacpt.bench.contestant import Result, read_result
+from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import TrainCase, run_module, write_case
+from megacpt.bench.train_case import TrainCase, write_case
 from megacpt.errors import UserError
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
@@ -17,12 +18,15 @@ CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
 CONTESTANTS = {OURS, "megatron-core's specs", "Hugging Face Trainer"}
 
 
+ON_A_GPU = train.GPU_CONTESTANTS
+
+
 def test_keys_of_the_contestants_on_a_gpu_are_keys(tmp_path):
     """Those that a CPU has as well train here, and the same."""
     from megacpt.config.load import load_config
 
     path = write_case(CASES["small"], tmp_path, "fp32", 4)
-    ours = [flags for module, *flags in train.GPU_CONTESTANTS.values() if module == train.TRAINER]
+    ours = [flags for module, *flags in ON_A_GPU.values() if module == train.TRAINER]
     assert len(ours) == 4
     for flags in ours:
         load_config(str(path), flags)
@@ -40,6 +44,7 @@ def small(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(train, "CPU_CASES", CASES)
     monkeypatch.setattr(train, "GPU_CASES", CASES)
+    monkeypatch.setattr(train, "GPU_CONTESTANTS", {})
 
 
 def values(recorder, unit):
@@ -72,6 +77,51 @@ def test_nothing_is_begun_when_the_time_is_up(tmp_path):
     (row,) = (row for row in recorder.rows if row.unit == "tokens/s")
     assert row.note == "not measured: the time was up"
     assert not (tmp_path / "small").exists()
+
+
+def test_a_contestant_that_hangs_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text("import time; print('here', flush=True); time.sleep(60)")
+    (tmp_path / "run").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TimeUp, match=r"not done after 2 s: here$"):
+        train._turn(("hangs",), tmp_path / "run.yaml", tmp_path, 2.0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_who_does_not_end_in_time_is_told_and_the_others_keep_their_rows(tmp_path, monkeypatch, rounds):
+    told = []
+
+    def ends(module, config, path, *flags, limit):
+        assert limit > 0
+        if module != train.TRAINER:
+            raise TimeUp("not done")
+        told.append([row.tool for row in recorder.rows if row.unit == "tokens/s"])
+        Result([1.0] * 5, [0.5] * 5).write(path)
+
+    monkeypatch.setattr(train, "run_module", ends)
+    monkeypatch.setattr(train, "write_case", lambda case, folder, *_: folder.mkdir() or folder / "run.yaml")
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(5, rounds, "fp32"), tmp_path)
+    assert told[-1] == ([OURS] if rounds == 1 else ["Hugging Face Trainer", OURS])
+    assert values(recorder, "tokens/s") == {OURS: 256, "megatron-core's specs": 256, "Hugging Face Trainer": 0}
+    (row,) = (row for row in recorder.rows if row.tool == "Hugging Face Trainer")
+    assert row.note == "not measured: the time was up"
+
+
+def test_a_case_whose_own_steps_take_too_long_is_told(tmp_path, monkeypatch):
+    def late(*_, **__):
+        raise TimeUp("not done")
+
+    monkeypatch.setattr(train, "write_case", late)
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(5, 1, "fp32"), tmp_path)
+    (row,) = (row for row in recorder.rows if row.unit == "tokens/s")
+    assert (row.tool, row.value, row.note) == (OURS, 0, "not measured: the time was up")
+
+
+def test_the_slowest_contestant_is_last():
+    assert list(ON_A_GPU)[-1] == "HF Trainer, torch.compile"
 
 
 def test_checkpoints(tmp_path):
