@@ -1,4 +1,4 @@
-"""Commands in processes of their own, with an end: what they redirect, compile or leave in memory touches nobody else."""
+"""Commands in processes of their own, with an end: what they compile or leave in memory touches nobody else."""
 
 import math
 import os

@@ -48,7 +48,8 @@ GPU_CASES: Mapping[str, TrainCase] = MappingProxyType(
     {
         "smollm2-135m": TrainCase("smollm2-135m", "smollm2-135m", 2048, 16, 32),
         "1b": TrainCase("llama3.2-1b", "llama3.2-1b", 8192, 1, 4),
-        "3b": TrainCase("openllama-3b", "openllama-3b", 2048, 2, 8),
+        # OpenLLaMA's heads of 100 channels fit no fused attention.
+        "3b": TrainCase("llama3.2-3b", "llama3.2-3b", 4096, 1, 4),
         "8b-slice": TrainCase("8 layers of llama3-8b", "llama3-8b", 8192, 1, 2, {"num_layers": 8}),
     }
 )

@@ -52,7 +52,7 @@ def main() -> None:
         batches = job.next_batch()
         watch.lap()
         job.step(batches, plan.learning_rate(iteration))
-        result.seconds.append(watch.lap())
+        result.step_took(watch.lap())
         loss, tokens = job.progress.interval.tolist()
         result.losses.append(sum(loss) / sum(tokens))
         job.progress.interval.zero_()

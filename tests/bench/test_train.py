@@ -4,12 +4,13 @@ import shutil
 from types import MappingProxyType
 
 import pytest
+import torch
 
 from megacpt.bench import checkpoint, train
 from megacpt.bench.contestant import Result, read_result
 from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import TrainCase, write_case
+from megacpt.bench.train_case import GPU_CASES, TrainCase, write_case
 from megacpt.errors import UserError
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
@@ -124,11 +125,40 @@ def test_the_slowest_contestant_is_last():
     assert list(ON_A_GPU)[-1] == "HF Trainer, torch.compile"
 
 
-def test_checkpoints(tmp_path):
+def test_checkpoints(tmp_path, monkeypatch):
+    """One case is on disk at a time, and of that one form."""
+
+    def run(module, config, *words, limit):
+        run_module(module, config, *words, limit=limit)
+        left = {path.name for path in (config.parent / "run").iterdir()}
+        assert {"state.pt", "checkpoints"} & left == {"state.pt"}
+
+    monkeypatch.setattr(checkpoint, "run_module", run)
     recorder = Recorder("here", [], "now", "abc")
     checkpoint.measure(recorder, ["small"], "fp32", tmp_path)
     for unit in ("GB/s saved", "GB/s loaded", "GB on disk"):
         assert {tool: value > 0 for tool, value in values(recorder, unit).items()} == {OURS: True, "torch.save": True}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_checkpoint_is_begun_when_the_time_is_up(tmp_path):
+    recorder = Recorder("here", [], "now", "abc")
+    checkpoint.measure(recorder, ["small"], "fp32", tmp_path, deadline=0.0)
+    (row,) = recorder.rows
+    assert (row.tool, row.value, row.note) == (OURS, 0, "not measured: the time was up")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("on_gpu", "expected"), [(True, ["smollm2-135m", "1b"]), (False, ["small"])])
+def test_checkpoints_of_every_case_only_where_they_are_small(monkeypatch, on_gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    assert checkpoint.usual_cases() == expected
+    assert {*checkpoint.usual_cases(), checkpoint.SMALLEST} <= {*GPU_CASES, *CASES}
+
+
+def test_every_case_of_a_gpu_has_fused_attention():
+    """FlashAttention and cuDNN take heads of a multiple of eight channels."""
+    assert all(case.fields["kv_channels"] % 8 == 0 for case in GPU_CASES.values())
 
 
 def test_an_unknown_case_is_named():
