@@ -9,8 +9,8 @@
 data: preprocessing, scoring (with --kenlm), the index, reading. kernels (on a GPU): time on the device, beside torch,
 torch.compile, Liger, megatron-core and Transformer Engine, as far as installed. train: steps beside Hugging Face
 Trainer and megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save.
-all: all of it, data if its input is given, as much as fits the time. Whoever computes or writes something else than
-the reference has no speed.
+all: all of it, data if its input is given and the smallest checkpoint, as much as fits the time. Whoever computes or
+writes something else than the reference has no speed. A row is in its file as soon as it is measured.
 """
 
 import argparse
@@ -29,27 +29,30 @@ from megacpt.errors import UserError, exit_code
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(tune=False, minutes=float("inf"))
+    parser.set_defaults(tune=False)
     commands = parser.add_subparsers(dest="command", required=True)
     _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"), required=True)
     kernels = commands.add_parser("kernels", help="our kernels beside others'")
     kernels.add_argument(
-        "--tune", action="store_true", help="first measure launches and write kernels/configs/DEVICE.json"
+        "--tune", action="store_true", help="first measure the launches that kernels/configs/DEVICE.json has not yet"
     )
     steps = commands.add_parser("train", help="training steps")
     _step_options(steps)
-    _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
+    checkpoints = commands.add_parser("checkpoint", help="checkpoints written and read")
+    _step_options(checkpoints)
     everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint, data (with --input) and train")
     _data_options(everything, required=False)
     _step_options(everything)
-    for command, minutes in ((steps, float("inf")), (everything, 9.0)):
-        command.add_argument(
-            "--minutes", type=float, default=minutes, metavar="M", help="begin nothing more after so long"
-        )
+    for command in (kernels, steps, checkpoints, everything):
+        usual = 9.0 if command is everything else float("inf")
+        words = "begin nothing more after so long, and end training or a checkpoint that goes on"
+        command.add_argument("--minutes", type=float, default=usual, metavar="M", help=words)
     for command in commands.choices.values():
         command.add_argument("--work", type=Path, metavar="DIR", help="folder for what is written meanwhile")
         command.add_argument("--output", type=Path, default=Path("benchmarks"), metavar="DIR", help="of the rows")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.deadline = time.monotonic() + 60 * getattr(options, "minutes", float("inf"))
+    return options
 
 
 def _data_options(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -110,7 +113,7 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
     """Measure kernels.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: there is no GPU, the launches cannot be written, or a kernel of ours fails.
     """
     import torch
 
@@ -121,24 +124,24 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
 
     # megatron-core's cross-entropy wants its groups.
     device = setup(Layout(1), seed=0).device
-    if options.tune:
-        from megacpt.bench.tuning import tune_all
+    try:
+        if options.tune:
+            from megacpt.bench.tuning import tune_all
 
-        print(f"launches written to {tune_all(device)}")
-    from megacpt.bench.kernel_cases import gpu_cases
+            print(f"launches in {tune_all(device, options.deadline)}")
+        from megacpt.bench.kernel_cases import gpu_cases
 
-    device_times.measure(recorder, gpu_cases(), device, torch.bfloat16)
-    teardown()
+        device_times.measure(recorder, gpu_cases(), device, torch.bfloat16, deadline=options.deadline)
+    finally:
+        teardown()
 
 
 def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """Measure training steps."""
     from megacpt.bench import train as steps
 
-    deadline = time.monotonic() + 60 * options.minutes
-    run = steps.Run(
-        options.steps, options.rounds or steps.usual_rounds(), options.dtype or steps.usual_dtype(), deadline
-    )
+    rounds, dtype = options.rounds or steps.usual_rounds(), options.dtype or steps.usual_dtype()
+    run = steps.Run(options.steps, rounds, dtype, options.deadline)
     steps.measure(recorder, steps.chosen(options.cases), run, work)
 
 
@@ -147,24 +150,29 @@ def checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> N
     from megacpt.bench import checkpoint as checkpoints
     from megacpt.bench import train as steps
 
-    checkpoints.measure(recorder, steps.chosen(options.cases), options.dtype or steps.usual_dtype(), work)
+    names = steps.chosen(options.cases) if options.cases else checkpoints.usual_cases()
+    checkpoints.measure(recorder, names, options.dtype or steps.usual_dtype(), work, options.deadline)
 
 
 def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """What is short first, then training steps until the time is up."""
     import torch
 
-    began = time.monotonic()
+    from megacpt.bench import checkpoint as checkpoints
+    from megacpt.bench import train as steps
+
     if torch.cuda.is_available():
         kernels(options, work, recorder)
     else:
         print("kernels: not measured, for there is no GPU here")
-    checkpoint(options, work, recorder)
-    if options.input is not None and options.tokenizer_type and options.tokenizer_model:
+    dtype = options.dtype or steps.usual_dtype()
+    checkpoints.measure(recorder, [checkpoints.SMALLEST], dtype, work, options.deadline)
+    if options.input is None or not options.tokenizer_type or not options.tokenizer_model:
+        print("data: not measured without --input, --tokenizer-type and --tokenizer-model")
+    elif time.monotonic() < options.deadline:
         data(options, work, recorder)
     else:
-        print("data: not measured without --input, --tokenizer-type and --tokenizer-model")
-    options.minutes -= (time.monotonic() - began) / 60
+        print("data: not measured, for the time was up")
     train(options, work, recorder)
 
 
