@@ -25,6 +25,8 @@ from pathlib import Path
 from megacpt.bench.rows import DATA_PARTS, Recorder, describe_device, write_readme
 from megacpt.errors import UserError, exit_code
 
+Part = Callable[[argparse.Namespace, Path, Recorder], None]
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
@@ -155,28 +157,47 @@ def checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> N
 
 
 def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
-    """What is short first, then training steps until the time is up."""
-    import torch
+    """What is short first, then training steps until the time is up. A part that fails does not stop the others.
 
+    Raises:
+        UserError: at the end, what the first of them said.
+    """
+    failed = []
+    for part in (kernels, _smallest_checkpoint, data, train):
+        if reason := _left_out(part, options):
+            print(f"{part.__name__.removeprefix('_')}: not measured, {reason}")
+            continue
+        try:
+            part(options, work, recorder)
+        except UserError as error:
+            print(f"{part.__name__.removeprefix('_')}: {error}", file=sys.stderr)
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+def _smallest_checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     from megacpt.bench import checkpoint as checkpoints
     from megacpt.bench import train as steps
 
-    if torch.cuda.is_available():
-        kernels(options, work, recorder)
-    else:
-        print("kernels: not measured, for there is no GPU here")
     dtype = options.dtype or steps.usual_dtype()
     checkpoints.measure(recorder, [checkpoints.SMALLEST], dtype, work, options.deadline)
+
+
+def _left_out(part: Part, options: argparse.Namespace) -> str | None:
+    """Why `all` leaves a part out, if it does."""
+    import torch
+
+    if part is kernels and not torch.cuda.is_available():
+        return "for there is no GPU here"
+    if part is not data:
+        return None
     if options.input is None or not options.tokenizer_type or not options.tokenizer_model:
-        print("data: not measured without --input, --tokenizer-type and --tokenizer-model")
-    elif time.monotonic() < options.deadline:
-        data(options, work, recorder)
-    else:
-        print("data: not measured, for the time was up")
-    train(options, work, recorder)
+        return "without --input, --tokenizer-type and --tokenizer-model"
+    return "for the time was up" if time.monotonic() >= options.deadline else None
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
+COMMANDS: dict[str, Part] = {
     "data": data,
     "kernels": kernels,
     "train": train,

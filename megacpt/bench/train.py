@@ -87,7 +87,7 @@ def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> N
     """Rows of these cases.
 
     Raises:
-        UserError: ours fails. A peer that fails is told as a row, and so is one whose losses are not ours.
+        UserError: at the end, if ours fails. Rows tell of that, of a peer that fails, and of one with other losses.
     """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
@@ -95,11 +95,17 @@ def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> N
     title = f"what the device does at best, {run.dtype}"
     recorder.add("train", title, "torch", ceilings.matmul / 1e12, "TFLOP/s", "a large square matmul, random data")
     recorder.add("train", title, "torch", ceilings.copy / 1e9, "GB/s", "a copy on the device, read and write")
+    failed = []
     for name in names:
         try:
             _measure_case(recorder, cases()[name], run, work / name, ceilings)
         except TimeUp:
             recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", TIME_UP)
+        except UserError as error:
+            recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, ceilings: Ceilings) -> None:

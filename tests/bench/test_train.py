@@ -121,6 +121,23 @@ def test_a_case_whose_own_steps_take_too_long_is_told(tmp_path, monkeypatch):
     assert (row.tool, row.value, row.note) == (OURS, 0, "not measured: the time was up")
 
 
+def test_a_case_that_ours_fails_ends_the_run_when_the_others_are_measured(tmp_path, monkeypatch):
+    begun = []
+
+    def breaks(case, *_):
+        begun.append(case.name)
+        raise UserError("exit code 1: out of memory")
+
+    monkeypatch.setattr(train, "write_case", breaks)
+    recorder = Recorder("here", [], "now", "abc")
+    with pytest.raises(UserError, match="out of memory"):
+        train.measure(recorder, ["small", "small"], train.Run(5, 1, "fp32"), tmp_path)
+    assert begun == ["small", "small"]
+    assert [row.note for row in recorder.rows if row.unit == "tokens/s"] == [
+        "did not run: exit code 1: out of memory"
+    ] * 2
+
+
 def test_the_slowest_contestant_is_last():
     assert list(ON_A_GPU)[-1] == "HF Trainer, torch.compile"
 
