@@ -4,12 +4,12 @@
 #     kernels, train, checkpoint           rows of bench.py, each in benchmarks/ as soon as it is measured
 #     tests-kernels, tests-train           pytest -m gpu
 #     tune                                 launches to kernels/configs/, going on where the last time ended; then kernels
-# MINUTES  after which a part begins nothing more, and is ended a little later (9)   FOLDER  what each prints (runs/gpu)
+# MINUTES  after which a part begins nothing more, and is ended 40 s later (8)   FOLDER  what each prints (runs/gpu)
 # Where a command has ten minutes, give one part at a time. Commit benchmarks/ and kernels/configs/. A red test does not
 # stop the measurements, which have gates of their own; the exit code tells of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-minutes=${MINUTES:-9} folder=${FOLDER:-runs/gpu}
+minutes=${MINUTES:-8} folder=${FOLDER:-runs/gpu}
 (($#)) || set -- kernels train checkpoint tests-kernels tests-train tune
 
 command_of() { # the words of a part

@@ -11,7 +11,11 @@ from megacpt.bench.contestant import Result, read_result
 from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
 from megacpt.bench.train_case import GPU_CASES, TrainCase, write_case
+from megacpt.bench.train_ours import use_stock_specs
+from megacpt.config.architecture import Architecture
+from megacpt.config.tree import Model
 from megacpt.errors import UserError
+from megacpt.model import build
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
 CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
@@ -136,6 +140,19 @@ def test_a_case_that_ours_fails_ends_the_run_when_the_others_are_measured(tmp_pa
     assert [row.note for row in recorder.rows if row.unit == "tokens/s"] == [
         "did not run: exit code 1: out of memory"
     ] * 2
+
+
+def test_megatron_cores_local_specs_hold_nothing_of_transformer_engine(monkeypatch):
+    """Which is in `LayerNormImpl` wherever it imports."""
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    monkeypatch.setattr(build, "block_spec", build.block_spec)
+    monkeypatch.setattr(transformer_block, "LayerNormImpl", object)
+    use_stock_specs()
+    spec = build.block_spec(Architecture(**CASES["small"].fields), Model(), 2, engine=False)
+    assert spec.layer_norm is WrappedTorchNorm
+    assert len(spec.layer_specs) == 2
 
 
 def test_the_slowest_contestant_is_last():
