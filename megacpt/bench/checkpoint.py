@@ -13,8 +13,8 @@ import torch
 
 from megacpt.bench.checkpoint_contestant import FORMAT, Result
 from megacpt.bench.processes import TimeUp, run_module
-from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train import TIME_UP, cases, chosen
+from megacpt.bench.rows import OURS, TIME_UP, Recorder
+from megacpt.bench.train import cases, chosen
 from megacpt.bench.train_case import TrainCase, write_case
 from megacpt.errors import UserError
 from megacpt.files import read_json

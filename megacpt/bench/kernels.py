@@ -14,7 +14,7 @@ import torch
 
 from megacpt.bench.ceilings import Ceilings, measure_ceilings, seconds_between_events
 from megacpt.bench.kernel_cases import Form, Inputs, KernelCase
-from megacpt.bench.rows import OURS, Recorder
+from megacpt.bench.rows import OURS, TIME_UP, Recorder
 from megacpt.errors import UserError
 
 CACHE_BYTES = 256 << 20
@@ -53,7 +53,7 @@ def measure(
     for case, (tool, form) in ((one, form) for one in cases for form in one.forms.items()):
         title = f"{case.name}, {case.size}, {str(dtype).removeprefix('torch.')}"
         if time.monotonic() >= deadline:
-            recorder.add("kernels", f"{title}, forward", tool, 0, "us", "not measured: the time was up")
+            recorder.add("kernels", f"{title}, forward", tool, 0, "us", TIME_UP)
             continue
         try:
             found = _gate_and_times(case, form, device, dtype, timer or seconds_on_device)

@@ -44,6 +44,8 @@ COLUMNS = tuple(field.name for field in fields(Row))
 OURS = "megacpt"
 DATA_PARTS = ("preprocess", "scoring", "index", "read")
 """Benches whose rows share a file."""
+TIME_UP = "not measured: the time was up"
+"""A note: the README goes on telling what an earlier run has measured."""
 
 
 @dataclass
@@ -131,8 +133,8 @@ def write_readme(folder: Path) -> None:
     parts = [
         "# Benchmarks",
         "",
-        "Made by `python tools/bench.py` from the CSV files here; of every case, the newest run. `ours / theirs` is",
-        "how many times better our number is than theirs, measured in the same run on the same machine.",
+        "Made by `python tools/bench.py` from the CSV files here; of every case, the newest run that measured it.",
+        "`ours / theirs` is how many times better our number is than theirs, in the same run on the same machine.",
         "",
     ]
     for path in sorted(folder.glob("*.csv")):
@@ -140,7 +142,7 @@ def write_readme(folder: Path) -> None:
         rows = read(path)
         for case in dict.fromkeys((row.bench, row.case, row.device) for row in rows):
             of_case = [row for row in rows if (row.bench, row.case, row.device) == case]
-            newest = max(row.run for row in of_case)
+            newest = max(row.run for row in [row for row in of_case if row.note != TIME_UP] or of_case)
             parts += _case([row for row in of_case if row.run == newest])
     write_text(folder / "README.md", "\n".join(parts))
 

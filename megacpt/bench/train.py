@@ -15,7 +15,7 @@ import torch
 from megacpt.bench.ceilings import Ceilings, measure_ceilings
 from megacpt.bench.contestant import Result, read_result
 from megacpt.bench.processes import TimeUp, run_module
-from megacpt.bench.rows import OURS, Recorder
+from megacpt.bench.rows import OURS, TIME_UP, Recorder
 from megacpt.bench.train_case import CPU_CASES, GPU_CASES, WARMUP, TrainCase, write_case
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
@@ -38,7 +38,6 @@ GPU_CONTESTANTS: Mapping[str, tuple[str, ...]] = {
 """And on a GPU: what a CPU has not, and what a measurement has to decide (docs/parallelism.md). The slowest last."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Of the losses of the first steps, relative: beyond it somebody trains something else, and has no speed."""
-TIME_UP = "not measured: the time was up"
 
 
 @dataclass(frozen=True)
@@ -97,12 +96,13 @@ def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> N
     recorder.add("train", title, "torch", ceilings.copy / 1e9, "GB/s", "a copy on the device, read and write")
     failed = []
     for name in names:
+        title = f"{cases()[name].title}, {run.dtype}"
         try:
             _measure_case(recorder, cases()[name], run, work / name, ceilings)
         except TimeUp:
-            recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", TIME_UP)
+            recorder.add("train", title, OURS, 0, "tokens/s", TIME_UP)
         except UserError as error:
-            recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
+            recorder.add("train", title, OURS, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
             failed.append(error)
     if failed:
         raise failed[0]
