@@ -155,6 +155,15 @@ def test_megatron_cores_local_specs_hold_nothing_of_transformer_engine(monkeypat
     assert len(spec.layer_specs) == 2
 
 
+def test_peak_memory_is_that_of_the_steps_after_the_first(monkeypatch):
+    resets, result = [], Result()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(len(result.seconds)))
+    for seconds in (3.0, 1.0, 1.0):
+        result.step_took(seconds)
+    assert (resets, result.seconds) == ([1], [3.0, 1.0, 1.0])
+
+
 def test_the_slowest_contestant_is_last():
     assert list(ON_A_GPU)[-1] == "HF Trainer, torch.compile"
 
