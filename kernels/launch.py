@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,6 +67,11 @@ def table_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
 
 
+def table_path(device: torch.device) -> Path:
+    """Where a device's own table is, or would be."""
+    return FOLDER / table_name(torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter")
+
+
 def read_table(path: Path) -> tuple[Entry, ...]:
     """The rows of a table; none if the file does not exist."""
     if not path.exists():
@@ -80,16 +84,18 @@ def write_table(path: Path, entries: Iterable[Entry]) -> None:
     """Replace the file by these rows, sorted; whole or not at all."""
     ordered = sorted(entries, key=lambda entry: (entry.op, entry.width, entry.itemsize))
     text = ",\n".join(json.dumps(asdict(entry)) for entry in ordered)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(f"[\n{text}\n]\n")
-    os.replace(file.name, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @functools.cache
 def launch_for(op: str, width: int, itemsize: int, device: torch.device) -> Launch:
     """The launch of an operation on a device, from its own table or the defaults; the same in every process."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return choose(read_table(FOLDER / table_name(name)), read_table(FOLDER / "default.json"), op, width, itemsize)
+    return choose(read_table(table_path(device)), read_table(FOLDER / "default.json"), op, width, itemsize)
 
 
 def candidates(start: Launch) -> list[Launch]:

@@ -9,6 +9,8 @@ from types import ModuleType
 import hypothesis
 import pytest
 
+os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # images may set it; torch reads it when it is imported
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure

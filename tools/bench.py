@@ -9,48 +9,52 @@
 data: preprocessing, scoring (with --kenlm), the index, reading. kernels (on a GPU): time on the device, beside torch,
 torch.compile, Liger, megatron-core and Transformer Engine, as far as installed. train: steps beside Hugging Face
 Trainer and megatron-core's own specs, same weights, same batches. checkpoint: written and read, beside torch.save.
-all: all of it, data if its input is given, as much as fits the time. Whoever computes or writes something else than
-the reference has no speed.
+all: all of it, data if its input is given and the smallest checkpoint, as much as fits the time. Whoever computes or
+writes something else than the reference has no speed. A row is in its file as soon as it is measured.
 """
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megacpt.bench.rows import Recorder, append, describe_device, write_readme
+from megacpt.bench.rows import DATA_PARTS, Recorder, describe_device, write_readme
 from megacpt.errors import UserError, exit_code
 
-DATA_PARTS = ("preprocess", "scoring", "index", "read")
+Part = Callable[[argparse.Namespace, Path, Recorder], None]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; --help says what each option means."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(tune=False, minutes=float("inf"))
+    parser.set_defaults(tune=False)
     commands = parser.add_subparsers(dest="command", required=True)
     _data_options(commands.add_parser("data", help="preprocessing, scoring, index and reading"), required=True)
     kernels = commands.add_parser("kernels", help="our kernels beside others'")
     kernels.add_argument(
-        "--tune", action="store_true", help="first measure launches and write kernels/configs/DEVICE.json"
+        "--tune", action="store_true", help="first measure the launches that kernels/configs/DEVICE.json has not yet"
     )
     steps = commands.add_parser("train", help="training steps")
     _step_options(steps)
-    _step_options(commands.add_parser("checkpoint", help="checkpoints written and read"))
+    checkpoints = commands.add_parser("checkpoint", help="checkpoints written and read")
+    _step_options(checkpoints)
     everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint, data (with --input) and train")
     _data_options(everything, required=False)
     _step_options(everything)
-    for command, minutes in ((steps, float("inf")), (everything, 9.0)):
-        command.add_argument(
-            "--minutes", type=float, default=minutes, metavar="M", help="begin nothing more after so long"
-        )
+    for command in (kernels, steps, checkpoints, everything):
+        usual = 9.0 if command is everything else float("inf")
+        words = "begin nothing more after so long, and end training or a checkpoint that goes on"
+        command.add_argument("--minutes", type=float, default=usual, metavar="M", help=words)
     for command in commands.choices.values():
         command.add_argument("--work", type=Path, metavar="DIR", help="folder for what is written meanwhile")
         command.add_argument("--output", type=Path, default=Path("benchmarks"), metavar="DIR", help="of the rows")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.deadline = time.monotonic() + 60 * getattr(options, "minutes", float("inf"))
+    return options
 
 
 def _data_options(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -111,7 +115,7 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
     """Measure kernels.
 
     Raises:
-        UserError: there is no GPU.
+        UserError: there is no GPU, the launches cannot be written, or a kernel of ours fails.
     """
     import torch
 
@@ -122,24 +126,24 @@ def kernels(options: argparse.Namespace, work: Path, recorder: Recorder) -> None
 
     # megatron-core's cross-entropy wants its groups.
     device = setup(Layout(1), seed=0).device
-    if options.tune:
-        from megacpt.bench.tuning import tune_all
+    try:
+        if options.tune:
+            from megacpt.bench.tuning import tune_all
 
-        print(f"launches written to {tune_all(device)}")
-    from megacpt.bench.kernel_cases import gpu_cases
+            print(f"launches in {tune_all(device, options.deadline)}")
+        from megacpt.bench.kernel_cases import gpu_cases
 
-    device_times.measure(recorder, gpu_cases(), device, torch.bfloat16)
-    teardown()
+        device_times.measure(recorder, gpu_cases(), device, torch.bfloat16, deadline=options.deadline)
+    finally:
+        teardown()
 
 
 def train(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
     """Measure training steps."""
     from megacpt.bench import train as steps
 
-    deadline = time.monotonic() + 60 * options.minutes
-    run = steps.Run(
-        options.steps, options.rounds or steps.usual_rounds(), options.dtype or steps.usual_dtype(), deadline
-    )
+    rounds, dtype = options.rounds or steps.usual_rounds(), options.dtype or steps.usual_dtype()
+    run = steps.Run(options.steps, rounds, dtype, options.deadline)
     steps.measure(recorder, steps.chosen(options.cases), run, work)
 
 
@@ -148,28 +152,52 @@ def checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> N
     from megacpt.bench import checkpoint as checkpoints
     from megacpt.bench import train as steps
 
-    checkpoints.measure(recorder, steps.chosen(options.cases), options.dtype or steps.usual_dtype(), work)
+    names = steps.chosen(options.cases) if options.cases else checkpoints.usual_cases()
+    checkpoints.measure(recorder, names, options.dtype or steps.usual_dtype(), work, options.deadline)
 
 
 def everything(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
-    """What is short first, then training steps until the time is up."""
+    """What is short first, then training steps until the time is up. A part that fails does not stop the others.
+
+    Raises:
+        UserError: at the end, what the first of them said.
+    """
+    failed = []
+    for part in (kernels, _smallest_checkpoint, data, train):
+        if reason := _left_out(part, options):
+            print(f"{part.__name__.removeprefix('_')}: not measured, {reason}")
+            continue
+        try:
+            part(options, work, recorder)
+        except UserError as error:
+            print(f"{part.__name__.removeprefix('_')}: {error}", file=sys.stderr)
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+def _smallest_checkpoint(options: argparse.Namespace, work: Path, recorder: Recorder) -> None:
+    from megacpt.bench import checkpoint as checkpoints
+    from megacpt.bench import train as steps
+
+    dtype = options.dtype or steps.usual_dtype()
+    checkpoints.measure(recorder, [checkpoints.SMALLEST], dtype, work, options.deadline)
+
+
+def _left_out(part: Part, options: argparse.Namespace) -> str | None:
+    """Why `all` leaves a part out, if it does."""
     import torch
 
-    began = time.monotonic()
-    if torch.cuda.is_available():
-        kernels(options, work, recorder)
-    else:
-        print("kernels: not measured, for there is no GPU here")
-    checkpoint(options, work, recorder)
-    if options.input is not None and options.tokenizer_type and options.tokenizer_model:
-        data(options, work, recorder)
-    else:
-        print("data: not measured without --input, --tokenizer-type and --tokenizer-model")
-    options.minutes -= (time.monotonic() - began) / 60
-    train(options, work, recorder)
+    if part is kernels and not torch.cuda.is_available():
+        return "for there is no GPU here"
+    if part is not data:
+        return None
+    if options.input is None or not options.tokenizer_type or not options.tokenizer_model:
+        return "without --input, --tokenizer-type and --tokenizer-model"
+    return "for the time was up" if time.monotonic() >= options.deadline else None
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
+COMMANDS: dict[str, Part] = {
     "data": data,
     "kernels": kernels,
     "train": train,
@@ -179,19 +207,19 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Path, Recorder], None]] = {
 
 
 def record(options: argparse.Namespace) -> None:
-    """Measure, and write the rows."""
+    """Measure. Each row is written as it comes; what is measured by an error or Ctrl-C is told in the README too."""
     if options.command != "data":
         from megacpt.runtime.setup import quiet_third_parties
 
         quiet_third_parties()
-    recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"))
-    with tempfile.TemporaryDirectory() as temporary:
-        COMMANDS[options.command](options, options.work or Path(temporary), recorder)
-    for bench in dict.fromkeys(row.bench for row in recorder.rows):
-        file = "data" if bench in DATA_PARTS else bench
-        append(options.output / f"{file}.csv", [row for row in recorder.rows if row.bench == bench])
-    write_readme(options.output)
-    print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
+    recorder = Recorder.begin(describe_device(with_gpu=options.command != "data"), options.output)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            COMMANDS[options.command](options, options.work or Path(temporary), recorder)
+    finally:
+        if recorder.rows:
+            write_readme(options.output)
+            print(f"{options.output}/README.md: {len(recorder.rows)} rows more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -201,4 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # `timeout` and Slurm ask with SIGTERM: what was started is to end as well, and the README to be written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,10 +74,12 @@ def main() -> None:
         parameter.data.zero_()
     ours_load = timed(lambda: load_all(folder, job.chunks, job.optimizer, 1))
     same = all(map(torch.equal, before, weights(job)))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # The disk need not hold both, nor the GPU its state twice.
+    shutil.rmtree(root)
     single = Path(config.save.dir) / "state.pt"
     torch_seconds = timed(lambda: torch_save(job, single))
-    loading = timed(lambda: torch.load(single, weights_only=False))
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    loading = timed(lambda: torch.load(single, map_location="cpu", weights_only=False))
     result = Result(size, ours_save, ours_load, single.stat().st_size, torch_seconds, loading, same)
     write_json(result_path, asdict(result))
     teardown()

@@ -14,12 +14,21 @@ FORMAT = "megacpt train contestant 1"
 
 @dataclass
 class Result:
-    """Of each step its loss and its wall seconds; the largest memory in bytes: of the GPU, else resident."""
+    """Of each step its loss and its wall seconds; the largest memory in bytes: of the GPU, else resident.
+
+    The GPU's is that of the steps after the first: while a model is read it may be there twice.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     memory: int = 0
     format: str = FORMAT
+
+    def step_took(self, seconds: float) -> None:
+        """Note a step that has ended."""
+        self.seconds.append(seconds)
+        if len(self.seconds) == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def write(self, path: Path) -> None:
         """Write it with the memory that this process has needed."""

@@ -52,14 +52,43 @@ class KernelCase:
     wanted: tuple[str, ...] = field(default=("x",))
 
 
-def installed(package: str) -> bool:
-    """Whether a package can be imported here."""
-    return importlib.util.find_spec(package) is not None
+def add_peer(forms: dict[str, Form], tool: str, package: str, make: Callable[[], Form]) -> None:
+    """Add a peer's form, made by `make`, if its package is installed; if it cannot be made, one that says why.
+
+    A package may be installed and not import: built for another torch, for instance.
+    """
+    if importlib.util.find_spec(package) is None:
+        return
+    try:
+        forms[tool] = make()
+    except Exception as error:
+        forms[tool] = _unmade(f"{type(error).__name__}: {error}")
+
+
+def _unmade(problem: str) -> Form:
+    def form(_: Inputs) -> torch.Tensor:
+        raise ImportError(problem)
+
+    return form
 
 
 def compiled(form: Form) -> Form:
     """The form through torch.compile, which compiles at its first call."""
     return torch.compile(form, dynamic=False)
+
+
+def with_own_weight(module: torch.nn.Module) -> Form:
+    """A module's form on the inputs' weight.
+
+    Not by `functional_call`, which puts the module's own back after the forward: Transformer Engine's backward reads
+    the weight from the module once more.
+    """
+
+    def form(inputs: Inputs) -> torch.Tensor:
+        module._parameters["weight"] = inputs["weight"]
+        return module(inputs["x"])
+
+    return form
 
 
 def norm_case(rows: int, width: int) -> KernelCase:
@@ -79,15 +108,19 @@ def norm_case(rows: int, width: int) -> KernelCase:
         "torch": eager,
         "torch.compile": compiled(lambda i: rms_norm_reference(i["x"], i["weight"], EPS)),
     }
-    if installed("liger_kernel"):
+
+    def liger() -> Form:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        forms["Liger"] = lambda i: LigerRMSNormFunction.apply(i["x"], i["weight"], EPS)
-    if installed("transformer_engine"):
+        return lambda i: LigerRMSNormFunction.apply(i["x"], i["weight"], EPS)
+
+    def engine() -> Form:
         import transformer_engine.pytorch as te
 
-        module = te.RMSNorm(width, eps=EPS, params_dtype=torch.bfloat16)
-        forms["Transformer Engine"] = lambda i: torch.func.functional_call(module, {"weight": i["weight"]}, (i["x"],))
+        return with_own_weight(te.RMSNorm(width, eps=EPS, params_dtype=torch.bfloat16))
+
+    add_peer(forms, "Liger", "liger_kernel", liger)
+    add_peer(forms, "Transformer Engine", "transformer_engine", engine)
     one = rows * width * 2.0
     return KernelCase(
         "RMSNorm", f"{rows:,} x {width:,}", make, lambda i: rms_norm_reference(i["x"], i["weight"], EPS), forms,
@@ -114,14 +147,13 @@ def swiglu_case(rows: int, width: int) -> KernelCase:
         "torch.compile": compiled(eager),
         "megatron-core": lambda i: bias_swiglu_impl(i["x"], None),
     }
-    if installed("liger_kernel"):
+
+    def liger() -> Form:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        def liger(inputs: Inputs) -> torch.Tensor:
-            gate, up = inputs["x"].chunk(2, dim=-1)
-            return LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
+        return lambda i: LigerSiLUMulFunction.apply(*(part.contiguous() for part in i["x"].chunk(2, dim=-1)))
 
-        forms["Liger, gate and up copied apart"] = liger
+    add_peer(forms, "Liger, gate and up copied apart", "liger_kernel", liger)
     one = rows * width * 2.0
     return KernelCase(
         "SwiGLU", f"{rows:,} x {width:,}", make, lambda i: swiglu_reference(i["x"]), forms, 3 * one, 5 * one
@@ -173,12 +205,15 @@ def cross_entropy_case(tokens: int, vocabulary: int) -> KernelCase:
         "torch": eager,
         "torch.compile": compiled(eager),
     }
-    if installed("liger_kernel"):
+
+    def liger() -> Form:
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-        forms["Liger"] = lambda i: LigerCrossEntropyFunction.apply(
+        return lambda i: LigerCrossEntropyFunction.apply(
             i["x"].view_as(i["x"]), i["targets"], None, -100, 0.0, 0.0, "none"
         )[0]
+
+    add_peer(forms, "Liger", "liger_kernel", liger)
     if parallel_state.model_parallel_is_initialized():
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as unfused
@@ -217,12 +252,15 @@ def linear_cross_entropy_case(tokens: int, width: int, vocabulary: int) -> Kerne
         "torch": eager,
         "torch.compile": compiled(eager),
     }
-    if installed("liger_kernel"):
+
+    def liger() -> Form:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-        forms["Liger, sum"] = lambda i: LigerFusedLinearCrossEntropyFunction.apply(
+        return lambda i: LigerFusedLinearCrossEntropyFunction.apply(
             i["x"], i["weight"], i["targets"], None, None, -100, 0.0, 0.0, "sum"
         )[0]
+
+    add_peer(forms, "Liger, sum", "liger_kernel", liger)
     return KernelCase(
         "linear cross-entropy", f"{tokens:,} x {width:,} x {vocabulary:,}", make,
         lambda i: linear_cross_entropy_reference(i["x"], i["weight"], i["targets"]), forms,

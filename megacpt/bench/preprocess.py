@@ -1,19 +1,14 @@
 """JSONL to .bin/.idx, from process start to exit: ours beside the peers at hand, on the same file and cores."""
 
 import hashlib
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from megacpt.bench.processes import timed
 from megacpt.bench.rows import OURS, Recorder
 from megacpt.data.tokens.indexed import bin_path
 from megacpt.errors import UserError
@@ -21,8 +16,6 @@ from megacpt.errors import UserError
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SLOW_MB = 10
 """A peer that needs seconds for a megabyte gets the first so many; its rate is told with that."""
-LIMIT_SECONDS = 900.0
-"""After so long a tool is taken to hang, as Megatron-LM's does when its worker process has failed."""
 STARTS = 3
 """Times that a start is measured; the median counts, since a working rate depends on it."""
 
@@ -41,56 +34,6 @@ class Case:
     def megabytes(self) -> float:
         """Size of the text file."""
         return self.text.stat().st_size / 1e6
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A finished command: wall seconds, and the largest resident memory of its main process in MB."""
-
-    seconds: float
-    resident: float
-
-
-def timed(
-    command: Sequence[str], cores: int, environment: dict[str, str] | None = None, limit: float = LIMIT_SECONDS
-) -> Timed:
-    """Run a command on the first `cores` cores of those this process may use.
-
-    Raises:
-        UserError: it failed, or had not ended after `limit` seconds; holds the end of what it said.
-    """
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
-
-    def bind() -> None:
-        os.sched_setaffinity(0, allowed)
-
-    with tempfile.TemporaryFile("w+") as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            preexec_fn=bind,
-            env=os.environ | (environment or {}),
-            start_new_session=True,
-        )
-        watch = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        watch.start()
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            watch.cancel()
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            told = " ".join(said.read().split())[-300:]
-            ended = f"exit code {process.returncode}" if seconds < limit else f"not done after {limit:,.0f} s"
-            raise UserError(f"{' '.join(command)}: {ended}: {told}")
-    return Timed(seconds, usage.ru_maxrss / 1e3)
 
 
 def head_of(text: Path, megabytes: float, folder: Path) -> Path:

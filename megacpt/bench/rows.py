@@ -42,26 +42,37 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 OURS = "megacpt"
+DATA_PARTS = ("preprocess", "scoring", "index", "read")
+"""Benches whose rows share a file."""
+TIME_UP = "not measured: the time was up"
+"""A note: the README goes on telling what an earlier run has measured."""
 
 
 @dataclass
 class Recorder:
-    """Collects the rows of one run and says each as it comes."""
+    """Collects the rows of one run, says each as it comes, and writes it to FOLDER/*.csv if there is a folder."""
 
     device: str
     rows: list[Row]
     run: str
     commit: str
+    folder: Path | None = None
 
     @classmethod
-    def begin(cls, device: str) -> "Recorder":
+    def begin(cls, device: str, folder: Path) -> "Recorder":
         """A recorder for a run that begins now."""
-        return cls(device, [], datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), commit())
+        return cls(device, [], datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), commit(), folder)
 
     def add(self, bench: str, case: str, tool: str, value: float, unit: str, note: str = "") -> None:
-        """Record one number."""
+        """Record one number. It is on disk when this returns, whatever becomes of the run.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         row = Row(self.run, self.commit, self.device, bench, case, tool, float(f"{value:.4g}"), unit, note)
         self.rows.append(row)
+        if self.folder is not None:
+            append(self.folder / f"{'data' if bench in DATA_PARTS else bench}.csv", [row])
         told = f" ({note})" if note else ""
         print(f"{bench:<12} {case:<44} {tool:<28} {row.value:>12,} {unit}{told}", flush=True)
 
@@ -122,8 +133,8 @@ def write_readme(folder: Path) -> None:
     parts = [
         "# Benchmarks",
         "",
-        "Made by `python tools/bench.py` from the CSV files here; of every case, the newest run. `ours / theirs` is",
-        "how many times better our number is than theirs, measured in the same run on the same machine.",
+        "Made by `python tools/bench.py` from the CSV files here; of every case, the newest run that measured it.",
+        "`ours / theirs` is how many times better our number is than theirs, in the same run on the same machine.",
         "",
     ]
     for path in sorted(folder.glob("*.csv")):
@@ -131,7 +142,7 @@ def write_readme(folder: Path) -> None:
         rows = read(path)
         for case in dict.fromkeys((row.bench, row.case, row.device) for row in rows):
             of_case = [row for row in rows if (row.bench, row.case, row.device) == case]
-            newest = max(row.run for row in of_case)
+            newest = max(row.run for row in [row for row in of_case if row.note != TIME_UP] or of_case)
             parts += _case([row for row in of_case if row.run == newest])
     write_text(folder / "README.md", "\n".join(parts))
 

@@ -1,6 +1,7 @@
 """Training steps per second: ours beside Hugging Face Trainer and megatron-core's own specs, on the same weights and
 batches, each in a process of its own, one after another on one device."""
 
+import itertools
 import math
 import shutil
 import time
@@ -13,8 +14,9 @@ import torch
 
 from megacpt.bench.ceilings import Ceilings, measure_ceilings
 from megacpt.bench.contestant import Result, read_result
-from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import CPU_CASES, GPU_CASES, WARMUP, TrainCase, run_module, write_case
+from megacpt.bench.processes import TimeUp, run_module
+from megacpt.bench.rows import OURS, TIME_UP, Recorder
+from megacpt.bench.train_case import CPU_CASES, GPU_CASES, WARMUP, TrainCase, write_case
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
 from megacpt.train.metrics import mfu
@@ -27,13 +29,13 @@ CONTESTANTS: Mapping[str, tuple[str, ...]] = {
 }
 """Module and flags by name; ours first, since the others' losses are compared with it."""
 GPU_CONTESTANTS: Mapping[str, tuple[str, ...]] = {
-    "HF Trainer, torch.compile": ("megacpt.bench.train_hf", "--compile"),
     f"{OURS}, FP8 tensorwise": (TRAINER, "model.fp8=hybrid", "model.fp8_recipe=tensorwise"),
     f"{OURS}, own SwiGLU": (TRAINER, "model.swiglu_fusion_impl=megacpt"),
     f"{OURS}, own RoPE": (TRAINER, "model.rope_fusion_impl=megacpt"),
     f"{OURS}, loss of hidden states": (TRAINER, "model.cross_entropy_fusion_impl=linear"),
+    "HF Trainer, torch.compile": ("megacpt.bench.train_hf", "--compile"),
 }
-"""And on a GPU: what a CPU has not, and what a measurement has to decide (docs/parallelism.md)."""
+"""And on a GPU: what a CPU has not, and what a measurement has to decide (docs/parallelism.md). The slowest last."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Of the losses of the first steps, relative: beyond it somebody trains something else, and has no speed."""
 
@@ -46,6 +48,11 @@ class Run:
     rounds: int
     dtype: str
     deadline: float = math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, of `time.monotonic`."""
+        return self.deadline - time.monotonic()
 
 
 def cases() -> Mapping[str, TrainCase]:
@@ -79,7 +86,7 @@ def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> N
     """Rows of these cases.
 
     Raises:
-        UserError: ours fails. A peer that fails is told as a row, and so is one whose losses are not ours.
+        UserError: at the end, if ours fails. Rows tell of that, of a peer that fails, and of one with other losses.
     """
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
@@ -87,41 +94,73 @@ def measure(recorder: Recorder, names: Sequence[str], run: Run, work: Path) -> N
     title = f"what the device does at best, {run.dtype}"
     recorder.add("train", title, "torch", ceilings.matmul / 1e12, "TFLOP/s", "a large square matmul, random data")
     recorder.add("train", title, "torch", ceilings.copy / 1e9, "GB/s", "a copy on the device, read and write")
+    failed = []
     for name in names:
-        if time.monotonic() > run.deadline:
-            recorder.add("train", cases()[name].title, OURS, 0, "tokens/s", "not measured: the time was up")
-            continue
-        _measure_case(recorder, cases()[name], run, work / name, ceilings)
+        title = f"{cases()[name].title}, {run.dtype}"
+        try:
+            _measure_case(recorder, cases()[name], run, work / name, ceilings)
+        except TimeUp:
+            recorder.add("train", title, OURS, 0, "tokens/s", TIME_UP)
+        except UserError as error:
+            recorder.add("train", title, OURS, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _measure_case(recorder: Recorder, case: TrainCase, run: Run, folder: Path, ceilings: Ceilings) -> None:
-    config = write_case(case, folder, run.dtype, run.steps)
+    if run.left <= 0:
+        raise TimeUp(TIME_UP)
+    config = write_case(case, folder, run.dtype, run.steps, run.left)
     title = f"{case.title}, {run.dtype}"
     found: dict[str, list[Result]] = {}
-    contestants = {**CONTESTANTS, **(GPU_CONTESTANTS if torch.cuda.is_available() else {})}
-    for round_ in range(run.rounds):
-        for name, (module, *flags) in contestants.items():
-            if round_ and name not in found:
-                continue
-            if name != OURS and time.monotonic() > run.deadline:
-                continue
-            result = folder / "result.json"
-            try:
-                run_module(module, config, result, *flags)
-            except UserError as error:
-                if name == OURS:
-                    raise
-                recorder.add("train", title, name, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
-                continue
-            found.setdefault(name, []).append(read_result(result))
-            # The next one would go on from it.
-            shutil.rmtree(folder / "run", ignore_errors=True)
-    for name, results in found.items():
-        difference = _difference(found[OURS][0].losses, results[0].losses)
+
+    def tell(name: str) -> None:
+        difference = _difference(found[OURS][0].losses, found[name][0].losses)
         if difference > TOLERANCE[run.dtype]:
             recorder.add("train", title, name, 0, "tokens/s", f"other losses by {difference:.1e}: no speed is told")
+        else:
+            _add_rows(recorder, title, name, case, found[name], ceilings)
+
+    contestants = {**CONTESTANTS, **(GPU_CONTESTANTS if torch.cuda.is_available() else {})}
+    for round_, name in itertools.product(range(run.rounds), contestants):
+        if round_ and name not in found:
             continue
-        _add_rows(recorder, title, name, case, results, ceilings)
+        try:
+            result = _turn(contestants[name], config, folder, run.left)
+        except TimeUp:
+            if not found:
+                raise
+            if name not in found:
+                recorder.add("train", title, name, 0, "tokens/s", TIME_UP)
+        except UserError as error:
+            if name == OURS:
+                raise
+            recorder.add("train", title, name, 0, "tokens/s", f"did not run: {str(error)[-120:]}")
+            found.pop(name, None)
+        else:
+            found.setdefault(name, []).append(result)
+        if round_ + 1 == run.rounds and name in found:
+            tell(name)
+
+
+def _turn(contestant: Sequence[str], config: Path, folder: Path, limit: float) -> Result:
+    """One contestant's steps. Nothing is begun if `limit`, in seconds, is not positive.
+
+    Raises:
+        TimeUp: it had not ended by then, and was ended.
+        UserError: it failed.
+    """
+    if limit <= 0:
+        raise TimeUp(TIME_UP)
+    module, *flags = contestant
+    path = folder / "result.json"
+    try:
+        run_module(module, config, path, *flags, limit=limit)
+        return read_result(path)
+    finally:
+        # The next one would go on from it.
+        shutil.rmtree(folder / "run", ignore_errors=True)
 
 
 def _difference(expected: Sequence[float], found: Sequence[float]) -> float:

@@ -61,7 +61,7 @@ def train(config: Config, result: Result, compiled: bool) -> None:
             watch.lap()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            result.seconds.append(watch.lap())
+            result.step_took(watch.lap())
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:

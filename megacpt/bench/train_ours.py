@@ -23,6 +23,7 @@ def use_stock_specs() -> None:
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
 
     from megacpt.model import build
@@ -30,10 +31,11 @@ def use_stock_specs() -> None:
     def stock(architecture: Architecture, model: Model, layers: int, *, engine: bool) -> TransformerBlockSubmodules:
         assert architecture.normalization == "RMSNorm"
         if engine:
-            layer = get_gpt_layer_with_transformer_engine_spec()
+            layer, norm = get_gpt_layer_with_transformer_engine_spec(), LayerNormImpl
         else:
-            layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LayerNormImpl)
+            # LayerNormImpl is Transformer Engine's wherever that imports, which a CPU cannot run.
+            layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), WrappedTorchNorm
+        return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
     setattr(build, "block_spec", stock)  # noqa: B010
 
@@ -52,7 +54,7 @@ def main() -> None:
         batches = job.next_batch()
         watch.lap()
         job.step(batches, plan.learning_rate(iteration))
-        result.seconds.append(watch.lap())
+        result.step_took(watch.lap())
         loss, tokens = job.progress.interval.tolist()
         result.losses.append(sum(loss) / sum(tokens))
         job.progress.interval.zero_()

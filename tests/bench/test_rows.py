@@ -1,6 +1,6 @@
 import pytest
 
-from megacpt.bench.rows import OURS, Recorder, append, read, write_readme
+from megacpt.bench.rows import OURS, TIME_UP, Recorder, append, read, write_readme
 
 
 def recorder(run, rows):
@@ -36,3 +36,14 @@ def test_a_peer_without_a_speed_has_no_ratio(tmp_path):
     append(tmp_path / "train.csv", recorder("r", [("case", OURS, 8, "MB/s"), ("case", "peer", 0, "MB/s", "failed")]))
     write_readme(tmp_path)
     assert "| peer | 0.0 | MB/s |  | failed |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_without_time_for_a_case_leaves_what_an_earlier_one_has_measured(tmp_path):
+    late = [("case", OURS, 0, "MB/s", TIME_UP), ("other", OURS, 3, "MB/s"), ("other", "peer", 0, "MB/s", TIME_UP)]
+    append(
+        tmp_path / "train.csv", recorder("2026-01-01 10:00", [("case", OURS, 1, "MB/s"), ("other", OURS, 2, "MB/s")])
+    )
+    append(tmp_path / "train.csv", recorder("2026-01-02 10:00", late))
+    write_readme(tmp_path)
+    told = [line for line in (tmp_path / "README.md").read_text().splitlines() if "| MB/s |" in line]
+    assert [line.split(" | ")[1] for line in told] == ["1.0", "3.0", "0.0"]

@@ -4,12 +4,18 @@ import shutil
 from types import MappingProxyType
 
 import pytest
+import torch
 
 from megacpt.bench import checkpoint, train
-from megacpt.bench.contestant import read_result
+from megacpt.bench.contestant import Result, read_result
+from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import TrainCase, run_module, write_case
+from megacpt.bench.train_case import GPU_CASES, TrainCase, write_case
+from megacpt.bench.train_ours import use_stock_specs
+from megacpt.config.architecture import Architecture
+from megacpt.config.tree import Model
 from megacpt.errors import UserError
+from megacpt.model import build
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
 CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
@@ -17,12 +23,15 @@ CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
 CONTESTANTS = {OURS, "megatron-core's specs", "Hugging Face Trainer"}
 
 
+ON_A_GPU = train.GPU_CONTESTANTS
+
+
 def test_keys_of_the_contestants_on_a_gpu_are_keys(tmp_path):
     """Those that a CPU has as well train here, and the same."""
     from megacpt.config.load import load_config
 
     path = write_case(CASES["small"], tmp_path, "fp32", 4)
-    ours = [flags for module, *flags in train.GPU_CONTESTANTS.values() if module == train.TRAINER]
+    ours = [flags for module, *flags in ON_A_GPU.values() if module == train.TRAINER]
     assert len(ours) == 4
     for flags in ours:
         load_config(str(path), flags)
@@ -40,6 +49,7 @@ def small(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(train, "CPU_CASES", CASES)
     monkeypatch.setattr(train, "GPU_CASES", CASES)
+    monkeypatch.setattr(train, "GPU_CONTESTANTS", {})
 
 
 def values(recorder, unit):
@@ -74,11 +84,124 @@ def test_nothing_is_begun_when_the_time_is_up(tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-def test_checkpoints(tmp_path):
+def test_a_contestant_that_hangs_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text("import time; print('here', flush=True); time.sleep(60)")
+    (tmp_path / "run").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TimeUp, match=r"not done after 2 s: here$"):
+        train._turn(("hangs",), tmp_path / "run.yaml", tmp_path, 2.0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_who_does_not_end_in_time_is_told_and_the_others_keep_their_rows(tmp_path, monkeypatch, rounds):
+    told = []
+
+    def ends(module, config, path, *flags, limit):
+        assert limit > 0
+        if module != train.TRAINER:
+            raise TimeUp("not done")
+        told.append([row.tool for row in recorder.rows if row.unit == "tokens/s"])
+        Result([1.0] * 5, [0.5] * 5).write(path)
+
+    monkeypatch.setattr(train, "run_module", ends)
+    monkeypatch.setattr(train, "write_case", lambda case, folder, *_: folder.mkdir() or folder / "run.yaml")
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(5, rounds, "fp32"), tmp_path)
+    assert told[-1] == ([OURS] if rounds == 1 else ["Hugging Face Trainer", OURS])
+    assert values(recorder, "tokens/s") == {OURS: 256, "megatron-core's specs": 256, "Hugging Face Trainer": 0}
+    (row,) = (row for row in recorder.rows if row.tool == "Hugging Face Trainer")
+    assert row.note == "not measured: the time was up"
+
+
+def test_a_case_whose_own_steps_take_too_long_is_told(tmp_path, monkeypatch):
+    def late(*_, **__):
+        raise TimeUp("not done")
+
+    monkeypatch.setattr(train, "write_case", late)
+    recorder = Recorder("here", [], "now", "abc")
+    train.measure(recorder, ["small"], train.Run(5, 1, "fp32"), tmp_path)
+    (row,) = (row for row in recorder.rows if row.unit == "tokens/s")
+    assert (row.tool, row.value, row.note) == (OURS, 0, "not measured: the time was up")
+
+
+def test_a_case_that_ours_fails_ends_the_run_when_the_others_are_measured(tmp_path, monkeypatch):
+    begun = []
+
+    def breaks(case, *_):
+        begun.append(case.name)
+        raise UserError("exit code 1: out of memory")
+
+    monkeypatch.setattr(train, "write_case", breaks)
+    recorder = Recorder("here", [], "now", "abc")
+    with pytest.raises(UserError, match="out of memory"):
+        train.measure(recorder, ["small", "small"], train.Run(5, 1, "fp32"), tmp_path)
+    assert begun == ["small", "small"]
+    assert [row.note for row in recorder.rows if row.unit == "tokens/s"] == [
+        "did not run: exit code 1: out of memory"
+    ] * 2
+
+
+def test_megatron_cores_local_specs_hold_nothing_of_transformer_engine(monkeypatch):
+    """Which is in `LayerNormImpl` wherever it imports."""
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    monkeypatch.setattr(build, "block_spec", build.block_spec)
+    monkeypatch.setattr(transformer_block, "LayerNormImpl", object)
+    use_stock_specs()
+    spec = build.block_spec(Architecture(**CASES["small"].fields), Model(), 2, engine=False)
+    assert spec.layer_norm is WrappedTorchNorm
+    assert len(spec.layer_specs) == 2
+
+
+def test_peak_memory_is_that_of_the_steps_after_the_first(monkeypatch):
+    resets, result = [], Result()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(len(result.seconds)))
+    for seconds in (3.0, 1.0, 1.0):
+        result.step_took(seconds)
+    assert (resets, result.seconds) == ([1], [3.0, 1.0, 1.0])
+
+
+def test_the_slowest_contestant_is_last():
+    assert list(ON_A_GPU)[-1] == "HF Trainer, torch.compile"
+
+
+def test_checkpoints(tmp_path, monkeypatch):
+    """One case is on disk at a time, and of that one form."""
+
+    def run(module, config, *words, limit):
+        run_module(module, config, *words, limit=limit)
+        left = {path.name for path in (config.parent / "run").iterdir()}
+        assert {"state.pt", "checkpoints"} & left == {"state.pt"}
+
+    monkeypatch.setattr(checkpoint, "run_module", run)
     recorder = Recorder("here", [], "now", "abc")
     checkpoint.measure(recorder, ["small"], "fp32", tmp_path)
     for unit in ("GB/s saved", "GB/s loaded", "GB on disk"):
         assert {tool: value > 0 for tool, value in values(recorder, unit).items()} == {OURS: True, "torch.save": True}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_checkpoint_is_begun_when_the_time_is_up(tmp_path):
+    recorder = Recorder("here", [], "now", "abc")
+    checkpoint.measure(recorder, ["small"], "fp32", tmp_path, deadline=0.0)
+    (row,) = recorder.rows
+    assert (row.tool, row.value, row.note) == (OURS, 0, "not measured: the time was up")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("on_gpu", "expected"), [(True, ["smollm2-135m", "1b"]), (False, ["small"])])
+def test_checkpoints_of_every_case_only_where_they_are_small(monkeypatch, on_gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    assert checkpoint.usual_cases() == expected
+    assert {*checkpoint.usual_cases(), checkpoint.SMALLEST} <= {*GPU_CASES, *CASES}
+
+
+def test_every_case_of_a_gpu_has_fused_attention():
+    """FlashAttention and cuDNN take heads of a multiple of eight channels."""
+    assert all(case.fields["kv_channels"] % 8 == 0 for case in GPU_CASES.values())
 
 
 def test_an_unknown_case_is_named():

@@ -38,6 +38,12 @@ def config(tmp_path):
     return path
 
 
+def test_an_unknown_part_is_named_before_any_is_begun():
+    done = subprocess.run([EXAMPLES / "measure_gpu.sh", "train", "nosuch"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no part nosuch; see the head of ")
+
+
 def free_port():
     with socket.socket() as taken:
         taken.bind(("localhost", 0))

@@ -1,6 +1,7 @@
 """Tables of launches: the lookup, what is committed, what a tuner writes; and which form of an operation runs."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
     launch.write_table(path, DEFAULT)
     assert sorted(launch.read_table(path), key=str) == sorted(DEFAULT, key=str)
     assert [file.name for file in tmp_path.iterdir()] == ["device.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_table_can_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        launch.write_table(tmp_path / "device.json", DEFAULT)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "device.json").stat().st_mode) == mode
 
 
 def test_the_fastest_launch_that_fits_is_taken() -> None:

@@ -53,7 +53,8 @@ def test_strides_of_any_kind(device: str) -> None:
     for view in (wide[..., 10:30], wide.transpose(0, 1)[..., :20], wide[..., ::2], wide[0, 0, :20].expand(3, 20)):
         inputs = [view, weight]
         expected = run(lambda x, weight: double(x, weight, 1e-5), inputs, torch.float64)
-        assert torch.equal(rms_norm(view, weight, 1e-5), rms_norm(view.contiguous(), weight, 1e-5))
+        # No equality: a row that is loaded otherwise is summed in another order.
+        assert_close([rms_norm(view, weight, 1e-5)], [rms_norm(view.contiguous(), weight, 1e-5)], 1e-6)
         assert_close([rms_norm(view, weight, 1e-5)], expected[:1], 1e-5)
 
 

@@ -1,5 +1,15 @@
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
+
+from megacpt.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_data_needs_its_input(refuse, tmp_path):
@@ -26,3 +36,65 @@ def test_the_index_alone(run, tmp_path):
     assert (code, out.count("us/sample")) == (0, 1)
     assert (tmp_path / "rows" / "data.csv").read_text().count("us/sample") == 1
     assert "us/sample" in (tmp_path / "rows" / "README.md").read_text()
+
+
+def test_what_was_measured_before_a_failure_is_kept(load_tool, tmp_path, monkeypatch):
+    def breaks(options, work, recorder):
+        recorder.add("train", "a case", "megacpt", 5, "tokens/s")
+        assert "a case" in (tmp_path / "train.csv").read_text()
+        raise UserError("the card fell off the bus")
+
+    bench = load_tool("bench")
+    monkeypatch.setitem(bench.COMMANDS, "train", breaks)
+    assert bench.main(["train", "--output", str(tmp_path)]) == 2
+    assert "| megacpt | 5.0 | tokens/s |" in (tmp_path / "README.md").read_text()
+
+
+def test_all_goes_on_after_a_part_that_fails(load_tool, tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def breaks(*_):
+        begun.append("checkpoint")
+        raise UserError("the disk is full")
+
+    bench = load_tool("bench")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "_smallest_checkpoint", breaks)
+    monkeypatch.setattr(bench, "train", lambda *_: begun.append("train"))
+    assert bench.main(["all", "--output", str(tmp_path)]) == 2
+    assert begun == ["checkpoint", "train"]
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "kernels: not measured, for there is no GPU here",
+        "data: not measured, without --input, --tokenizer-type and --tokenizer-model",
+    ]
+    assert err.splitlines()[-1] == "error: the disk is full"
+
+
+def test_a_run_that_is_asked_to_end_ends_what_it_started_and_writes_the_readme(tmp_path):
+    """As `timeout` asks, in the middle of a step of a contestant."""
+    output, work = tmp_path / "rows", tmp_path / "work"
+    command = [sys.executable, "tools/bench.py", "train", "--cases", "tiny", "--steps", "100000"]
+    process = subprocess.Popen([*command, "--output", output, "--work", work], cwd=REPOSITORY)
+    until = time.monotonic() + 300
+    while not (output / "train.csv").exists() or not (children := running(work)):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 143
+    while set(children) & set(running(work)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert "a large square matmul" in (output / "README.md").read_text()
+
+
+def running(work):
+    """Processes that have a path below `work` in their command."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"megacpt.bench.train_hf" in command and any(bytes(work) in word for word in command):
+                found.append(folder.name)
+    return found

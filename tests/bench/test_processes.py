@@ -4,14 +4,14 @@ import sys
 
 import pytest
 
-from megacpt.bench.preprocess import timed
+from megacpt.bench.processes import TimeUp, timed
 from megacpt.errors import UserError
 
 
 def test_a_command_that_hangs_is_ended_with_what_it_started():
     sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
     script = f"import subprocess; print('here', flush=True); subprocess.run({sleeper})"
-    with pytest.raises(UserError, match=r"not done after 2 s: here$"):
+    with pytest.raises(TimeUp, match=r"not done after 2 s: here$"):
         timed([sys.executable, "-c", script], 1, limit=2.0)
 
 
