@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from megacpt.data.mixture.table import aligned
-from megacpt.train.memory import FP32, Setting, State, base_weights_bytes, stage_state
+from megacpt.train.memory import FP32, MOMENTS, Setting, State, base_weights_bytes, chunk_parameters, stage_state
 from megacpt.train.peak import Peak, stage_peak
 
 COLUMNS = (
@@ -51,6 +51,8 @@ def memory_table(setting: Setting) -> Iterator[str]:
     host = max(state.host for state, _ in held)
     if host:
         yield f"and in host memory up to {size(host)} a rank: main parameters, moments and their gradients (offloaded)"
+    if setting.config.optimizer.use_distributed_optimizer:
+        yield _gathered(setting)
     if setting.config.model.fp8_param_gather:
         yield "weights: of the FP8 layers a matrix and its transpose in FP8, and none in bf16"
         yield _originals(setting)
@@ -69,6 +71,17 @@ def _originals(setting: Setting) -> str:
     return (
         f"and in host memory, until there is an optimizer, up to {size(FP32 * most)} a rank: weights as they were "
         "read or drawn (half of it from a bf16 source)"
+    )
+
+
+def _gathered(setting: Setting) -> str:
+    """As `DistributedOptimizer.get_parameter_state_dp_zero` of megatron-core makes it, on all ranks."""
+    stages = range(setting.layout.pipeline)
+    chunks = [[chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)] for stage in stages]
+    most = max(sum(p.numel for chunk in stage for p in chunk if p.trains) for stage in chunks)
+    return (
+        f"and in host memory, while a checkpoint is saved or loaded, {size((1 + MOMENTS) * FP32 * most)} a rank: main "
+        "parameters and moments of all data-parallel ranks, in fp32"
     )
 
 

@@ -16,6 +16,7 @@ from megacpt.config.check import check_config
 from megacpt.config.load import config_from
 from megacpt.runtime.setup import Layout
 from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, gathered_bytes, stage_state
+from megacpt.train.memory_table import memory_table, size
 from megacpt.train.peak import peak, stage_peak, warm_up
 from tests.ranks import run_ranks
 from tests.train.memory_meter import Meter, settle_collectives
@@ -455,3 +456,13 @@ def test_the_engine_s_loss_copies_the_logits_and_keeps_the_copy() -> None:
     assert engine.logits == tokens * (2 * rows + 9)
     assert engine.temporary >= 2 * tokens * rows
     assert ours.temporary < 0.6 * engine.temporary
+
+
+def test_a_save_gathers_the_state_of_all_data_parallel_ranks_on_each() -> None:
+    where = setting(2, "bf16", optimizer=DISTRIBUTED, train=FROZEN)
+    trained = [p.numel for p in chunk_parameters(where, 0, 0) if p.trains]
+    lines = list(memory_table(where))
+    (told,) = [line for line in lines if "saved or loaded" in line]
+    assert f" {size(12 * sum(trained))} a rank" in told
+    assert where.layout.data == 2
+    assert not any("saved or loaded" in line for line in memory_table(setting(2)))
