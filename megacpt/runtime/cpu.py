@@ -5,9 +5,9 @@ then answers in CUDA's words, as megatron-core's optimizers ask for) and the `to
 calls on its way through a step. Wrapping the factories, rather than entering a `TorchFunctionMode`, leaves every other
 operation at full speed. Entered once per process, only where there is no GPU; a GPU run never imports this file.
 
-It also puts torch where megatron-core calls Transformer Engine (optimizers, whose kernels need a GPU even where the
-package is installed) or apex (a weight's gradient added to its buffer by the matmul, gradients scaled in place), and
-lets the allocator keep what a step frees for the next one.
+It also puts torch where megatron-core calls Transformer Engine (optimizers and norms, whose kernels need a GPU even
+where the package is installed) or apex (a weight's gradient added to its buffer by the matmul, gradients scaled in
+place), and lets the allocator keep what a step frees for the next one.
 """
 
 import ctypes
@@ -149,11 +149,14 @@ def _scale(chunk: int, flag: torch.Tensor, lists: Sequence[Sequence[torch.Tensor
         torch.mul(source, scale, out=target)
 
 
-def _take_torch_optimizers() -> None:
-    """Let megatron-core's optimizers be what they are where neither Transformer Engine nor apex is installed."""
+def _do_without_engine() -> None:
+    """Let megatron-core be what it is where neither Transformer Engine nor apex is installed."""
     import megatron.core.optimizer as optimizers
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     optimizers.Adam, optimizers.SGD = torch.optim.AdamW, torch.optim.SGD
     optimizers.USING_PYTORCH_OPTIMIZER = True
@@ -165,6 +168,8 @@ def _take_torch_optimizers() -> None:
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_impl, clip_grads.multi_tensor_scale_tensor_impl = _scale, None
     optimizer.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    transformer_block.LayerNormImpl = WrappedTorchNorm
+    layers.HAVE_TE = False  # of what stands for a gradient that is added already, the package keeps a copy for good
 
 
 def redirect_cuda() -> None:
@@ -207,13 +212,12 @@ def redirect_cuda() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
-    _take_torch_optimizers()
+    _do_without_engine()
     from megatron.core.tensor_parallel import layers, random
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
     )
     layers._grad_accum_fusion_available = True
-    layers.HAVE_TE = False  # of what stands for a gradient that is added already, the package keeps a copy for good
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

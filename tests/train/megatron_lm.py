@@ -1,8 +1,7 @@
 """Megatron-LM itself, as megatron-core's wheel ships it: arguments, GPT model, optimizer, checkpoint reader and writer.
 
 Runs on a CPU under megacpt's redirection, inside a rank that `megacpt.runtime.setup` has set up. Nothing is replaced
-but the queue between the process that writes files and itself, as in `megacpt.train.checkpoint`, and the final norm
-where Transformer Engine is installed, whose kernels need a GPU: it is then what it is without the package.
+but the queue between the process that writes files and itself, as in `megacpt.train.checkpoint`.
 """
 
 import contextlib
@@ -23,8 +22,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.transformer import transformer_block
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megacpt.runtime.setup import Layout, setup
 from tests.jobs import SEQ_LENGTH, SHAPE, VOCABULARY
@@ -84,7 +81,6 @@ def build(*flags: str, keys_map: bool = True) -> Peer:
     from megatron.training.arguments import core_transformer_config_from_args
 
     setup(Layout(1), seed=1, threads=1)
-    transformer_block.LayerNormImpl = WrappedTorchNorm
     args = arguments(*flags)
 
     def provide(pre_process: bool, post_process: bool, config: Any = None, **_: Any) -> GPTModel:
