@@ -12,7 +12,7 @@ from megacpt.errors import UserError
 FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """Both dimensions of an FP8 matmul's operands are multiples of this."""
 HEAD_ALIGNMENT = 8
-"""Of head dimensions that are multiples of this, Transformer Engine has fused attention (flash-attn, cuDNN)."""
+"""Head dimensions of fused attention are multiples of this."""
 
 
 FP8_KEYS = (
@@ -42,6 +42,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_needs_engine(config, engine),
         *_needs_gpu(config, on_gpu, engine),
         *_layers(config, architecture, engine),
+        *_cuda_graphs(config),
         *_kernels(config, architecture),
         *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
@@ -90,6 +91,11 @@ def _needs_gpu(config: Config, on_gpu: bool, engine: bool) -> Iterator[str]:
             yield f"{name} needs a GPU, and this run is one on a CPU; leave it out, or plan with --dry-run --device gpu"
 
 
+def has_fused_attention(architecture: Architecture) -> bool:
+    """Whether Transformer Engine has fused attention (flash-attn, cuDNN) for a model's head dimension."""
+    return architecture.kv_channels % HEAD_ALIGNMENT == 0
+
+
 def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterator[str]:
     model = config.model
     if engine and architecture.use_parallel_residual:
@@ -97,7 +103,7 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             "model.transformer_impl transformer_engine has no parallel residual (its norms are inside the linear "
             "layers); set it to local for this model"
         )
-    torch_only = engine and architecture.kv_channels % HEAD_ALIGNMENT != 0
+    torch_only = engine and not has_fused_attention(architecture)
     if torch_only and model.attention_backend in ("flash", "fused"):
         yield (
             f"model.attention_backend {model.attention_backend} takes head dimensions that are multiples of "
@@ -110,19 +116,25 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             f"whose head dimensions are multiples of {HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; "
             "leave them out, or set model.transformer_impl to local to pack documents"
         )
-    if model.cuda_graph_impl != "none" and model.recompute_granularity == "full":
+
+
+def _cuda_graphs(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.cuda_graph_impl == "none":
+        return
+    if model.recompute_granularity == "full":
         yield "model.cuda_graph_impl local cannot capture full recomputation; set recompute_granularity to selective"
-    if model.cuda_graph_impl != "none" and config.data.reset_attention_mask:
+    if config.data.reset_attention_mask:
         yield (
             "model.cuda_graph_impl local replays fixed shapes, and data.reset_attention_mask packs documents of any "
             "length; set one of them only"
         )
-    if model.cuda_graph_impl != "none" and config.eval.tasks:
+    if config.eval.tasks:
         yield (
             "model.cuda_graph_impl local replays fixed shapes, and eval.tasks scores texts of any length; set one of "
             "them only, or run tools/evaluate.py on the checkpoints"
         )
-    if model.cuda_graph_impl != "none" and model.fp8 is not None and "mlp" in (model.recompute_modules or ()):
+    if model.fp8 is not None and "mlp" in (model.recompute_modules or ()):
         yield (
             "model.cuda_graph_impl local cannot capture the MLP of recompute_modules in FP8, which Transformer Engine "
             "recomputes; leave mlp or one of them out"

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpt.config.architecture import Architecture
-from megacpt.config.check_engine import HEAD_ALIGNMENT
+from megacpt.config.check_engine import has_fused_attention
 from megacpt.config.tree import Model
 from megacpt.model.layers import (
     LayerNorm,
@@ -78,13 +78,13 @@ def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
     )
     if engine:
         # Its own would write out the scores; torch's pads such heads.
-        unfused = architecture.kv_channels % HEAD_ALIGNMENT != 0 and model.attention_backend == "auto"
+        of_torch = model.attention_backend == "auto" and not has_fused_attention(architecture)
         return filled(
             norm=IdentityOp,
             final_norm=TENorm,
             column=TELayerNormColumnParallelLinear,
             row=TERowParallelLinear,
-            attention=SDPAttention if unfused else TEDotProductAttention,
+            attention=SDPAttention if of_torch else TEDotProductAttention,
         )
     norm = NORMS[architecture.normalization]
     return filled(

@@ -14,7 +14,8 @@ from megacpt.config.check_engine import check_engine
 from megacpt.config.load import config_from
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
-from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config
+from megacpt.model.build import BuildOptions, build_chunks, slot_classes, transformer_config, without_userbuffers
+from megacpt.model.gpt import LanguageModel
 from megacpt.model.layers import RotatingSelfAttention, SDPAttention, SwiGLU
 from megacpt.model.spec import Slots, layer_spec, slots
 from megacpt.model.userbuffers import make_userbuffers
@@ -198,18 +199,24 @@ def test_fp8_parameters_are_built_of_zeros(gathers: bool, monkeypatch: pytest.Mo
             assert not draw(torch.ones(2, 2)).any()
 
 
+def built(model: Section, *, engine: bool) -> LanguageModel:
+    """Built on a CPU that passes for a GPU host if `engine`; set up before."""
+    config, architecture = small(model)
+    torch.cuda.is_available = lambda: engine
+    options = BuildOptions(torch.bfloat16, restart_positions=False, engine=engine)
+    made = transformer_config(architecture, config.model, options)
+    made.use_cpu_initialization = True
+    (chunk,) = build_chunks(architecture, config.model, made, options)
+    return chunk
+
+
 def engine_model(model: Section) -> dict[str, Any]:
-    """Slots, checkpoint keys and shapes of both implementations, built on a CPU that passes for a GPU host."""
+    """Slots, checkpoint keys and shapes of both implementations."""
     torch.manual_seed(0)
     setup(Layout(1), 1, threads=1)
-    config, architecture = small(model)
     found: dict[str, Any] = {}
     for engine in (False, True):
-        torch.cuda.is_available = lambda answer=engine: answer
-        options = BuildOptions(torch.bfloat16, restart_positions=False, engine=engine)
-        made = transformer_config(architecture, config.model, options)
-        made.use_cpu_initialization = True
-        (chunk,) = build_chunks(architecture, config.model, made, options)
+        chunk = built(model, engine=engine)
         state = {
             entry.key: tuple(entry.global_shape)
             for entry in chunk.sharded_state_dict().values()
@@ -244,22 +251,15 @@ def test_class_in_every_slot_of_the_engine(normalization: str) -> None:
 
 def userbuffers() -> list[list[bool]]:
     """Whether each layer's output goes through buffers: before, during and after a look at other batches."""
-    from megacpt.model.build import without_userbuffers
-
     setup(Layout(1), 1, threads=1)
-    config, architecture = small()
-    torch.cuda.is_available = lambda: True
-    options = BuildOptions(torch.bfloat16, restart_positions=False, engine=True)
-    made = transformer_config(architecture, config.model, options)
-    made.use_cpu_initialization = True
-    chunks = build_chunks(architecture, config.model, made, options)
-    projections = [layer.self_attention.linear_proj for layer in chunks[0].decoder.layers]
+    chunk = built(NOTHING, engine=True)
+    projections = [layer.self_attention.linear_proj for layer in chunk.decoder.layers]
     # As its constructor leaves it on a GPU where tp_comm_overlap is set.
     for projection in projections:
         assert projection.ub_overlap_rs_fprop is False
         projection.ub_overlap_rs_fprop = True
     found = [[p.ub_overlap_rs_fprop for p in projections]]
-    with without_userbuffers(chunks):
+    with without_userbuffers([chunk]):
         found.append([p.ub_overlap_rs_fprop for p in projections])
     return [*found, [p.ub_overlap_rs_fprop for p in projections]]
 

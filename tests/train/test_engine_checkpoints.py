@@ -17,6 +17,7 @@ from megacpt.model.init import draw_weights
 from megacpt.model.spec import CHECKPOINT_NAMES
 from megacpt.runtime.engine import ENGINE, import_problem
 from megacpt.runtime.setup import Layout, setup
+from megacpt.train import checkpoint
 from megacpt.train.checkpoint import load_all, load_weights, save_weights
 from megacpt.train.main_parameters import set_main_parameters
 from megacpt.train.optimizer import distributed_parts, own_shards
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"{ENGINE} does not 
 PRECISE = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 
 
-def config_in(folder: Path) -> Config:
-    shape = {"hidden_size": 64, "ffn_hidden_size": 96}
+def config_in(folder: Path, **keys: Any) -> Config:
+    shape = {"hidden_size": 64, "ffn_hidden_size": 96} | keys
     return small_config(folder, shape, precision={"dtype": "bf16"}, optimizer={"use_distributed_optimizer": True})
 
 
@@ -107,12 +108,19 @@ def states(optimizer: Any) -> list[torch.Tensor]:
     return found
 
 
-def move_state(folder: Path) -> None:
-    """Plain, precise, plain: what bf16 moments can hold arrives, main parameters arrive to the last bit."""
+def save(target: Path, chunks: list[LanguageModel], optimizer: Any) -> Path:
+    """Weights and optimizer state, without what a run notes beside them."""
     from megatron.core import dist_checkpointing
 
-    from megacpt.train import checkpoint
+    target.mkdir()
+    saved = checkpoint._model_state(chunks)
+    saved["optimizer"] = checkpoint._optimizer_state(optimizer, chunks, loading=False)
+    dist_checkpointing.save(saved, str(target), content_metadata=dict(checkpoint.CONTENT))
+    return target
 
+
+def move_state(folder: Path) -> None:
+    """Plain, precise, plain: what bf16 moments can hold arrives, main parameters arrive to the last bit."""
     setup(Layout(1), 1, threads=1)
     plain = config_in(folder)
     precise = plain.model_copy(update={"optimizer": plain.optimizer.model_copy(update=PRECISE)})
@@ -133,11 +141,7 @@ def move_state(folder: Path) -> None:
     expected = states(first)
     optimizer, last = first, chunks
     for number, config in enumerate(kinds[1:]):
-        target = folder / f"state_{number}"
-        target.mkdir()
-        saved = checkpoint._model_state(last)
-        saved["optimizer"] = checkpoint._optimizer_state(optimizer, last, loading=False)
-        dist_checkpointing.save(saved, str(target), content_metadata=dict(checkpoint.CONTENT))
+        target = save(folder / f"state_{number}", last, optimizer)
         last = build(config, engine=True)
         optimizer = optimizer_of(config, last)
         load_all(target, last, optimizer, 5)
@@ -174,11 +178,6 @@ def test_main_parameters_within_the_engine_s_optimizer_begin_with_what_was_drawn
     run_ranks(precise_main_parameters, 1, tmp_path)
 
 
-def delayed(folder: Path) -> Config:
-    shape = {"hidden_size": 64, "ffn_hidden_size": 96, "fp8": "hybrid"}
-    return small_config(folder, shape, precision={"dtype": "bf16"}, optimizer={"use_distributed_optimizer": True})
-
-
 def histories(chunks: list[LanguageModel]) -> list[torch.Tensor]:
     """The maxima of activations and weights that each linear layer remembers, as a step in FP8 makes them."""
     from transformer_engine.common.recipe import DelayedScaling
@@ -199,12 +198,8 @@ def histories(chunks: list[LanguageModel]) -> list[torch.Tensor]:
 
 def move_history(folder: Path) -> None:
     """A resumed run takes its own; another run that begins from the checkpoint starts with none."""
-    from megatron.core import dist_checkpointing
-
-    from megacpt.train import checkpoint
-
     setup(Layout(1), 1, threads=1)
-    config = delayed(folder)
+    config = config_in(folder, fp8="hybrid")
     chunks = build(config, engine=True)
     draw_weights(chunks, make_plan(config, 1, on_gpu=True).architecture, 3, 0.1)
     optimizer = optimizer_of(config, chunks)
@@ -212,11 +207,7 @@ def move_history(folder: Path) -> None:
     for number, history in enumerate(kept):
         history.fill_(number + 1.0)
     assert len(kept) == 4 * chunks[0].config.num_layers
-    target = folder / "whole"
-    target.mkdir()
-    saved = checkpoint._model_state(chunks)
-    saved["optimizer"] = checkpoint._optimizer_state(optimizer, chunks, loading=False)
-    dist_checkpointing.save(saved, str(target), content_metadata=dict(checkpoint.CONTENT))
+    target = save(folder / "whole", chunks, optimizer)
     for resumes in (True, False):
         others = build(config, engine=True)
         if resumes:
