@@ -124,7 +124,7 @@ def _score_block(task: BlockTask) -> Scored:
         texts = [text for _, (text, *_) in rows]
         scores = column_values(block, task.spec.name, [where for where, _ in rows])
     else:
-        texts = kept_columns(block, task.keys, task.filters, dropped)[0]
+        texts = list(map(str, kept_columns(block, task.keys, task.filters, dropped)[0]))
         scores = np.empty(0, dtype=np.float32) if task.spec is None else open_scorer(task.spec).score(texts)
     digests = digests_of(texts) if task.filters.dedup == "exact" else None
     return Scored(scores, block.consumed, block.size, digests, dropped)

@@ -77,19 +77,12 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     # Of the rows, the texts alone are kept: there may be a very long one.
     columns = kept_columns(block.loaded(), encoding.keys, encoding.filters, skipped)
     digests = None if encoding.dedup == "none" else digests_of(columns[0])
+    eod = tokenizer.eod_id if encoding.append_eod else None
+    assert eod is not None or not encoding.append_eod, "the tokenizer of a job that appends EOD has one"
     tokens, lengths, text_bytes = [], [], []
     for texts in columns:
-        ids, sizes, own_bytes = encode_texts(tokenizer, texts, dtype)
-        if encoding.append_eod:
-            assert tokenizer.eod_id is not None, "the tokenizer of a job that appends EOD has one"
-            ids, sizes = _with_eod(ids, sizes, tokenizer.eod_id)
+        ids, sizes, own_bytes = encode_texts(tokenizer, texts, dtype, eod)
         tokens.append(ids)
         lengths.append(sizes)
         text_bytes.append(own_bytes)
     return EncodedBlock(tokens, lengths, text_bytes, skipped, block.consumed, block.size, digests)
-
-
-def _with_eod(ids: np.ndarray, lengths: np.ndarray, eod: int) -> tuple[np.ndarray, np.ndarray]:
-    """End every document that has tokens with `eod`; shapes as `Encoded`."""
-    filled = lengths > 0
-    return np.insert(ids, np.cumsum(lengths, dtype=np.int64)[filled], eod), lengths + filled.astype(np.int32)

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megacpt.data.text import documents
+from megacpt.data.text import documents, long_string
 from megacpt.data.text.documents import Block, Source, find_inputs
 from megacpt.data.text.filtering import iter_documents
 from megacpt.data.text.provenance import Filters
@@ -149,12 +149,23 @@ LINES = OBJECTS.map(lambda row: json.dumps(row, ensure_ascii=False).encode()) | 
 
 
 @settings(max_examples=300)
-@given(lines=st.lists(LINES, max_size=5), keys=st.sampled_from([("text",), ("text", "title")]))
-def test_the_short_way_to_texts_is_the_careful_one(lines, keys):
+@given(
+    lines=st.lists(LINES, max_size=5),
+    keys=st.sampled_from([("text",), ("text", "title")]),
+    long=st.sampled_from([4, long_string.LONG]),
+)
+def test_the_short_way_to_texts_is_the_careful_one(lines, keys, long):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_string, "LONG", long)
+        compare_ways(lines, keys)
+
+
+def compare_ways(lines, keys):
     block = Block("a.jsonl", 7, 0, b"\n".join(lines))
     ours, theirs = Counter(), Counter()
     rows = [texts for _, texts in parse_block(block, keys, theirs)]
-    assert texts_of(block, keys, ours) == [[texts[i] for texts in rows] for i in range(len(keys))]
+    found = [list(map(str, texts)) for texts in texts_of(block, keys, ours)]
+    assert found == [[texts[i] for texts in rows] for i in range(len(keys))]
     assert ours == theirs
     if theirs:
         with pytest.raises(UserError) as careful:

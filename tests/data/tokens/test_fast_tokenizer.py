@@ -1,12 +1,15 @@
 import io
+import itertools
 import json
 import os
 import random
 import sys
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
+from megacpt.data.text import long_string
+from megacpt.data.text.documents import Block
 from megacpt.data.tokens import fast_tokenizer, long_texts
+from megacpt.data.tokens.encode import Encoding, encode_block
 from megacpt.data.tokens.fast_tokenizer import Characters, FastTokenizer, chosen_engine, open_tokenizer
 from megacpt.data.tokens.long_texts import encode_texts
 from megacpt.data.tokens.tokenizer import load_tokenizer
@@ -189,14 +195,17 @@ class Sized:
         return self._inner.encode_flat(texts, add_special_tokens)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.lists(FRAGMENTS | st.just(" of the blood "), max_size=40).map("".join), max_size=4))
 def test_pieces_of_long_texts_have_the_ids_of_the_whole(pair, monkeypatch, texts):
     monkeypatch.setattr(long_texts, "LONG", 60)
     monkeypatch.setattr(long_texts, "AROUND", 20)
+    monkeypatch.setattr(long_string, "LONG", 30)
+    monkeypatch.setattr(long_string, "PIECE", 60)
     expected = pair[1].encode_flat(texts, True)
-    for tokenizer in pair:
-        found = encode_texts(tokenizer, texts, np.dtype("<u2"))
+    where_they_lie = [long_string.loads(orjson.dumps({"text": text}))["text"] for text in texts]
+    for tokenizer, these in itertools.product(pair, (texts, where_they_lie)):
+        found = encode_texts(tokenizer, these, np.dtype("<u2"))
         assert (found.ids.dtype, found.lengths.dtype) == (np.uint16, np.int32)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -208,7 +217,40 @@ def test_long_texts_are_cut(pair, monkeypatch):
     text = "\n".join(CORPUS)
     ids = encode_texts(sized, [text, "the end"], np.dtype("<u4")).ids
     np.testing.assert_array_equal(ids, pair[1].encode_flat([text, "the end"], True).ids)
-    assert 4_000 < sized.longest < 7_000 < len(text)
+    assert 4_000 < sized.longest < 9_000 < len(text)
+
+
+@pytest.mark.parametrize("part", ["患者接受了治疗。", "12 345.6\n", "a;b\n\n"])
+def test_long_texts_without_words_are_cut(pair, request, monkeypatch, part):
+    monkeypatch.setattr(long_texts, "LONG", 6_000)
+    sized = Sized(pair[0])
+    text = part * 4_000
+    ids = encode_texts(sized, [text], np.dtype("<u4")).ids
+    np.testing.assert_array_equal(ids, pair[1].encode(text, True))
+    puts_a_space_first = request.node.callspec.params["pair"] in (sentencepiece_model, llama2_as_json)
+    assert sized.longest < 10_000 or puts_a_space_first
+
+
+def test_a_long_document_takes_no_more_than_its_line_twice_and_its_ids(tmp_path):
+    """A character of four bytes makes a str of four bytes a character."""
+    kind, path = saved(llama3, tmp_path)
+    tokenizer = open_tokenizer(kind, path, "fast")
+    text = " ".join(itertools.islice(itertools.cycle(WORDS), 5_000_000)) + " \U0001f600"
+    block = Block("a.jsonl", 1, 0, orjson.dumps({"text": text}))
+    expected, size = len(text.encode()), len(block.lines)
+    assert size > 2 * long_string.LONG
+    del text
+    tokenizer.encode("what is proven at first")
+    tracemalloc.start()
+    try:
+        encoded = encode_block(
+            block, Encoding(("text",), kind, str(path), append_eod=False, skip_invalid=False), tokenizer
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert encoded.text_bytes[0].tolist() == [expected]
+    assert peak < 1.2 * encoded.tokens[0].nbytes + size
 
 
 def test_a_text_without_a_place_to_cut_is_encoded_whole(pair, monkeypatch):

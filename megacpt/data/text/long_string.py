@@ -1,0 +1,111 @@
+"""Very long strings of a JSON line, left as they lie there and decoded a piece at a time.
+
+Python keeps a string with as many bytes for each character as the widest of them takes, one to four: a document of 200
+MB with a single emoji would be 800 MB.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LONG = 1 << 24
+"""Bytes in a line from which a string is left in it."""
+PIECE = 1 << 21
+"""Bytes that are decoded at once, about."""
+# Places that are never within an escape sequence, nor between the halves of a surrogate pair: before a space, a letter
+# that is not ASCII, an escape sequence other than a low surrogate, and what comes after as many letters as a pair has.
+CUT = re.compile(rb"[ \xc2-\xf4]|(?<!\\)\\(?!u[dD][c-fC-F])|(?<=[0-9A-Za-z]{12})[0-9A-Za-z]")
+
+
+@dataclass(frozen=True)
+class LongString:
+    """What stands between the quotation marks of a JSON string, and is valid.
+
+    Attributes:
+        line: JSON, of which the string is bytes `start` to `stop`.
+        length: its characters, which is also its `len`.
+        text_bytes: its size in UTF-8.
+    """
+
+    line: bytes
+    start: int
+    stop: int
+    length: int
+    text_bytes: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __str__(self) -> str:
+        return "".join(self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        """The string, in pieces of about PIECE bytes."""
+        return _pieces(self.line, self.start, self.stop)
+
+
+def loads(line: bytes) -> Any:
+    """The JSON value of a line, as orjson has it but for strings of LONG bytes or more: these are `LongString`.
+
+    Only values directly in the outermost object become one; in what is nested there another string stands for it.
+
+    Raises:
+        ValueError: not JSON, or not in the sense of orjson.
+    """
+    import orjson
+
+    if len(line) < LONG:
+        return orjson.loads(line)
+    found: dict[str, LongString] = {}
+    parts: list[bytes] = []
+    unused, done = secrets.token_hex(16), 0
+    for start, stop in _strings(line):
+        if stop - start >= LONG:
+            name = f"{unused}{len(found)}"
+            parts += [line[done:start], name.encode()]
+            found[name], done = _checked(line, start, stop), stop
+    value = orjson.loads(b"".join([*parts, line[done:]]))
+    if not isinstance(value, dict):
+        return value
+    return {str(found.get(key, key)): found.get(it, it) if isinstance(it, str) else it for key, it in value.items()}
+
+
+def _strings(line: bytes) -> Iterator[tuple[int, int]]:
+    """Where strings begin and end, without their quotation marks, if the line is JSON."""
+    at = line.find(b'"')
+    while at >= 0:
+        start = at + 1
+        stop = line.find(b'"', start)
+        while stop >= 0 and _escaped(line, stop):
+            stop = line.find(b'"', stop + 1)
+        if stop < 0:
+            return
+        yield start, stop
+        at = line.find(b'"', stop + 1)
+
+
+def _escaped(line: bytes, at: int) -> bool:
+    before = at
+    while line[before - 1] == ord("\\"):
+        before -= 1
+    return (at - before) % 2 == 1
+
+
+def _checked(line: bytes, start: int, stop: int) -> LongString:
+    length = text_bytes = 0
+    for piece in _pieces(line, start, stop):
+        length += len(piece)
+        text_bytes += len(piece) if piece.isascii() else len(piece.encode("utf-8"))
+    return LongString(line, start, stop, length, text_bytes)
+
+
+def _pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
+    import orjson
+
+    while start < stop:
+        cut = CUT.search(line, start + PIECE, stop) if start + PIECE < stop else None
+        end = cut.start() if cut else stop
+        yield orjson.loads(b'"%b"' % line[start:end])
+        start = end
