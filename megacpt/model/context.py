@@ -54,9 +54,11 @@ class GatherKeysAndValues(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Sum over `group`, this rank's positions."""
         size = ctx.group.size()
-        chunks = torch.stack((key_grad, value_grad), dim=1).chunk(2 * size)
-        summed = torch.cat([chunks[number] for number in _as_gathered(size)])
-        own = summed.new_empty(summed.shape[0] // size, *summed.shape[1:])
+        summed = key_grad.new_empty(len(key_grad), 2, *key_grad.shape[1:])
+        keys, values = key_grad.chunk(2 * size), value_grad.chunk(2 * size)
+        for place, number in zip(summed.chunk(2 * size), _as_gathered(size), strict=True):
+            torch.stack((keys[number], values[number]), dim=1, out=place)
+        own = summed.new_empty(len(summed) // size, *summed.shape[1:])
         dist.reduce_scatter_tensor(own, summed, group=ctx.group)
         return own[:, 0], own[:, 1], None
 
