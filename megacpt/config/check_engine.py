@@ -303,11 +303,6 @@ def _context_parallel(config: Config, architecture: Architecture, engine: bool) 
             "eval.tasks does not know of ranks that share a sequence (model.context_parallel_size > 1); leave it out, "
             "or run tools/evaluate.py at context_parallel_size 1"
         )
-    if config.init.hf is not None and config.init.gate:
-        yield (
-            "init.hf compares whole sequences with transformers, which model.context_parallel_size > 1 cuts; import "
-            "with tools/convert.py and start with init.checkpoint, or set init.gate to false"
-        )
     groups = architecture.num_query_groups // tp
     if model.cp_comm_type == "a2a" and (groups == 0 or groups % cp):
         yield (

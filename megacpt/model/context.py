@@ -49,9 +49,7 @@ class GatherKeysAndValues(torch.autograd.Function):
         return everything[:, 0], everything[:, 1]
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, key_grad: torch.Tensor, value_grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, key_grad: torch.Tensor, value_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Sum over `group`, this rank's positions."""
         size = ctx.group.size()
         summed = key_grad.new_empty(len(key_grad), 2, *key_grad.shape[1:])

@@ -87,8 +87,8 @@ def forward_step(
 def stage_inputs(batch: Batch, device: torch.device, *, engine: bool) -> tuple[Batch, dict[str, Any]]:
     """A micro-batch on the device, this rank's part of it, and the model's arguments made from it.
 
-    Where documents matter, the local layers get a mask [b, 1, s / CP, s]; Transformer Engine's get the micro-batch as one
-    row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
+    Where documents matter, the local layers get a mask [b, 1, s / CP, s]; Transformer Engine's get the micro-batch as
+    one row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
     """
     packed = packed_documents(batch["document_ids"]) if engine and "document_ids" in batch else None
     size = parallel_state.get_context_parallel_world_size()

@@ -86,9 +86,7 @@ def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
             attention=attention,
         )
     norm = NORMS[architecture.normalization]
-    return filled(
-        norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=attention
-    )
+    return filled(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=attention)
 
 
 def layer_spec(architecture: Architecture, model: Model, *, engine: bool) -> ModuleSpec:

@@ -17,8 +17,8 @@ is then there twice. The local layer keeps cosines and sines, 4 s d D, and with 
 saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save what Transformer Engine's do: for RoPE the
 angles, once for all layers. Under a parallel residual the norms share their input.
 
-Tokens are those of a rank, 1 / CP of a sequence's. Torch's attention then keeps gathered keys and values, 2 d D G / t of
-each token of the whole sequence, instead of its own and the fused qkv, and its output twice (not where frozen). With
+Tokens are those of a rank, 1 / CP of a sequence's. Torch's attention then keeps gathered keys and values, 2 d D G / t
+of each token of the whole sequence, instead of its own and the fused qkv, and its output twice (not where frozen). With
 `core_attn` recomputed it gathers them again.
 
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The

@@ -301,7 +301,7 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
 def base_weights_bytes(setting: Setting) -> int:
     """Host memory for the transformer layers' weights of iteration 0, as `megacpt.train.shares` deals them, at most.
 
-    The first rank of a tensor-parallel group has the norms; of ranks that hold the same each keeps its part of a tensor.
+    The first rank of a tensor-parallel group has the norms; ranks that hold the same tensor keep a part of it each.
     """
     tensors = _layer(setting.architecture, setting.layout.tensor) * setting.chunk_layers * setting.chunks
     return sum(-(-count // setting.replicas) for count, _ in tensors) * setting.dtype.itemsize

@@ -80,7 +80,7 @@ def stage_peak(setting: Setting, stage: int) -> Peak:
     last = setting.is_last(stage, setting.chunks - 1)
     logits = logits_bytes(setting) if last else 0
     costs[-1] += logits
-    held = peak(setting, stage, costs) - logits + causal_masks(setting)
+    held = peak(setting, stage, costs) - logits
     # The loss and the final norm have gone backward, and their memory is free, before a layer is computed again.
     head = head_bytes(setting) if last else 0
     saved = held + max(0, again - logits - head)
@@ -198,14 +198,14 @@ def _optimizer(setting: Setting, stage: int) -> int:
 
 
 def _between(setting: Setting, stage: int) -> int:
-    """What is there between micro-batches: tensors on their way to a neighbour, sequences gathered over TP."""
+    """What is there between micro-batches: tensors sent to a neighbour, sequences gathered over TP, masks."""
     sent = 0
     if setting.layout.virtual is not None:
         sent = (2 if stage == 0 else 4) * stream_bytes(setting)
     elif stage > 0 and setting.micro_batches > warm_up(setting, stage) + 1:
         sent = stream_bytes(setting)
     gathered = full_stream_bytes(setting) * GATHER_BUFFER if setting.config.model.sequence_parallel else 0
-    return sent + gathered + _stand_ins(setting, stage)
+    return sent + gathered + causal_masks(setting) + _stand_ins(setting, stage)
 
 
 def _stand_ins(setting: Setting, stage: int) -> int:

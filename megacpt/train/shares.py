@@ -1,7 +1,8 @@
 """Sums over the transformer layers' elements, each counted once, wherever parallelism of any kind has put it.
 
 A rank accounts for its own tensor-parallel shards, for whole tensors (norms, some biases) if it is the first of its
-group, and of all those for its part among the data- and context-parallel ranks that have equal ones. Embeddings, the final norm and the output layer are left out.
+group, and of all those for its part among the data- and context-parallel ranks that have equal ones. Embeddings, the
+final norm and the output layer are left out.
 """
 
 from collections.abc import Sequence

@@ -38,9 +38,7 @@ def shared(cases: list[tuple[int, torch.dtype, bool]]) -> list[Tensors]:
     size, rank = dist.get_world_size(), dist.get_rank()
     settings: Any = SimpleNamespace(kv_channels=CHANNELS, context_parallel_size=size)
     groups: Any = SimpleNamespace(cp=dist.group.WORLD)
-    attention = SDPAttention(
-        settings, 1, AttnMaskType.causal, "self", cp_comm_type="all_gather", pg_collection=groups
-    )
+    attention = SDPAttention(settings, 1, AttnMaskType.causal, "self", cp_comm_type="all_gather", pg_collection=groups)
     found = []
     for query_groups, dtype, masked in cases:
         *inputs, gradient = (own_positions(x, size, rank) for x in tensors(query_groups, dtype))
@@ -92,3 +90,31 @@ def test_the_shared_mask_is_torch_s_lower_right_one(dtype: torch.dtype) -> None:
     for ours, torchs in zip(*results, strict=True):
         assert torch.equal(ours, torchs)
     assert causal_bias(query, 18) is causal_bias(query.clone(), 18)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels", [64, 100])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_positions_on_a_gpu(channels: int, groups: int, dtype: torch.dtype) -> None:
+    """Queries of the last 256 of 768 positions, forward and backward, against the definition in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, length, channels) for heads, length in ((4, 256), (groups, 768), (groups, 768), (4, 256))]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).cuda() for shape in shapes]
+    results = []
+    for kind in (dtype, torch.float64):
+        *leaves, gradient = (x.to(kind).requires_grad_(n < 3) for n, x in enumerate(inputs))
+        query, key, value = leaves
+        if kind is dtype:
+            bias = causal_bias(query, 768)
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=groups < 4)
+        else:
+            key, value = (x.repeat_interleave(4 // groups, 1) for x in (key, value))
+            hidden = torch.ones(256, 768, dtype=torch.bool, device="cuda").triu(513)
+            scores = (query @ key.mT / channels**0.5).masked_fill(hidden, float("-inf"))
+            output = scores.softmax(-1) @ value
+        results.append([output, *torch.autograd.grad(output, leaves, gradient)])
+    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

@@ -259,7 +259,24 @@ RUNS = {
     "CP2 x TP2, SP, attention recomputed, distributed": (
         4,
         "bf16",
-        {"optimizer": DISTRIBUTED, "model": CP2 | SP2 | {"recompute_granularity": "selective"}},
+        {
+            "optimizer": DISTRIBUTED,
+            "model": CP2 | SP2 | {"recompute_granularity": "selective"},
+            "data": {"seq_length": 256},
+        },
+    ),
+    "CP4, MHA, attention recomputed": (
+        4,
+        "fp32",
+        {
+            "model": {
+                "context_parallel_size": 4,
+                "num_query_groups": 12,
+                "vocab_size": 64,
+                "recompute_granularity": "selective",
+            },
+            "data": {"seq_length": 512},
+        },
     ),
     "CP2 x PP2, documents": (4, "fp32", {"model": CP2 | PP2, "data": DOCUMENTS}),
     "CP2, documents, frozen": (2, "fp32", {"model": CP2, "data": DOCUMENTS, "train": FROZEN}),
