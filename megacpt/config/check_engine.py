@@ -298,11 +298,6 @@ def _context_parallel(config: Config, architecture: Architecture, engine: bool) 
             "layers: documents would have to be padded to multiples of 2 x CP; set model.transformer_impl to local, or "
             "unset one of them"
         )
-    if config.eval.tasks:
-        yield (
-            "eval.tasks does not know of ranks that share a sequence (model.context_parallel_size > 1); leave it out, "
-            "or run tools/evaluate.py at context_parallel_size 1"
-        )
     groups = architecture.num_query_groups // tp
     if model.cp_comm_type == "a2a" and (groups == 0 or groups % cp):
         yield (

@@ -142,7 +142,6 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
         ({"model": {"context_parallel_size": 3}}, ["context_parallel_size 3", "seq_length 64"]),
         ({"model": {"context_parallel_size": 2}, "data": DOCUMENTS}, ["reset_attention_mask", "context_parallel_size"]),
         ({"model": {"context_parallel_size": 8, "cp_comm_type": "a2a"}}, ["a2a", "num_query_groups"]),
-        ({"model": {"context_parallel_size": 2}, "eval": {"tasks": ["arc_easy"]}}, ["eval.tasks", "context_parallel"]),
         (
             {"model": {"context_parallel_size": 2, "attention_backend": "unfused"}},
             ["attention_backend unfused", "fused"],
@@ -226,7 +225,7 @@ def test_precision() -> None:
         {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a"}},
         {"model": {"cuda_graph_impl": "local"} | MLP_AGAIN},
         {"model": {"context_parallel_size": 2}, "diagnostics": {"gradient_probe": {"every": 5, "domain": ["a"]}}},
-        {"model": {"context_parallel_size": 2}, "init": {"hf": "folder"}},
+        {"model": {"context_parallel_size": 2}, "init": {"hf": "folder"}, "eval": {"tasks": ["arc_easy"]}},
         {"model": ODD_HEADS},
         {"model": ODD_HEADS | {"context_parallel_size": 2}},
         {"model": ODD_HEADS | {"attention_backend": "unfused"}},
