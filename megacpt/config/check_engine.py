@@ -98,7 +98,7 @@ def has_fused_attention(architecture: Architecture) -> bool:
 def attends_with_torch(architecture: Architecture, model: Model, *, engine: bool) -> bool:
     """Whether attention is torch's, and not Transformer Engine's.
 
-    With its layers, too, where it has none but its own that writes out the scores; torch's pads such heads.
+    In Transformer Engine's layers it is where only the one that writes out scores takes the heads; torch's pads them.
     """
     return not engine or (model.attention_backend == "auto" and not has_fused_attention(architecture))
 
