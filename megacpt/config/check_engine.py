@@ -47,7 +47,7 @@ def check_engine(config: Config, architecture: Architecture, *, engine: bool, on
         *_loss(config, bf16),
         *_fp8(config, architecture, bf16),
         *_fp8_parameters(config),
-        *_context_parallel(config, architecture),
+        *_context_parallel(config, architecture, engine),
         *_overlap(config),
         *_optimizer(config, bf16),
     )
@@ -62,7 +62,6 @@ def _needs_engine(config: Config, engine: bool) -> Iterator[str]:
     model = config.model
     asked = {
         f"fp8 {model.fp8}": model.fp8 is not None,
-        f"context_parallel_size {model.context_parallel_size}": model.context_parallel_size > 1,
         "tp_comm_overlap": model.tp_comm_overlap,
         f"attention_backend {model.attention_backend}": model.attention_backend != "auto",
         "cross_entropy_fusion_impl te": model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te",
@@ -96,6 +95,14 @@ def has_fused_attention(architecture: Architecture) -> bool:
     return architecture.kv_channels % HEAD_ALIGNMENT == 0
 
 
+def attends_with_torch(architecture: Architecture, model: Model, *, engine: bool) -> bool:
+    """Whether attention is torch's, and not Transformer Engine's.
+
+    In Transformer Engine's layers it is where only the one that writes out scores takes the heads; torch's pads them.
+    """
+    return not engine or (model.attention_backend == "auto" and not has_fused_attention(architecture))
+
+
 def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterator[str]:
     model = config.model
     if engine and architecture.use_parallel_residual:
@@ -110,11 +117,11 @@ def _layers(config: Config, architecture: Architecture, engine: bool) -> Iterato
             f"{HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; leave it at auto, which is torch's "
             "attention then"
         )
-    if torch_only and (config.data.reset_attention_mask or model.context_parallel_size > 1):
+    if torch_only and config.data.reset_attention_mask:
         yield (
-            "data.reset_attention_mask and model.context_parallel_size > 1 need Transformer Engine's fused attention, "
-            f"whose head dimensions are multiples of {HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; "
-            "leave them out, or set model.transformer_impl to local to pack documents"
+            "data.reset_attention_mask with Transformer Engine's layers needs its fused attention, whose head "
+            f"dimensions are multiples of {HEAD_ALIGNMENT}, and this model's is {architecture.kv_channels}; leave it "
+            "out, or set model.transformer_impl to local"
         )
 
 
@@ -262,7 +269,7 @@ def _fp8_parameters(config: Config) -> Iterator[str]:
         )
 
 
-def _context_parallel(config: Config, architecture: Architecture) -> Iterator[str]:
+def _context_parallel(config: Config, architecture: Architecture, engine: bool) -> Iterator[str]:
     model, data = config.model, config.data
     cp, tp = model.context_parallel_size, model.tensor_model_parallel_size
     if cp == 1:
@@ -274,21 +281,22 @@ def _context_parallel(config: Config, architecture: Architecture) -> Iterator[st
             f"model.context_parallel_size {cp} cuts a sequence into {2 * cp} chunks (x TP with sequence_parallel), but "
             f"data.seq_length {data.seq_length} is not divisible; choose a multiple"
         )
-    if data.reset_attention_mask:
+    if attends_with_torch(architecture, model, engine=engine):
+        if model.cp_comm_type in ("p2p", "a2a"):
+            yield (
+                f"model.cp_comm_type {model.cp_comm_type} is Transformer Engine's fused attention's, and this run "
+                "attends with torch's, which gathers keys and values; choose all_gather, or leave it out"
+            )
+    elif model.attention_backend == "unfused":
         yield (
-            "data.reset_attention_mask does not go with model.context_parallel_size > 1 here: documents would have to "
-            "be padded to multiples of 2 x CP; unset one of them"
+            "model.attention_backend unfused knows nothing of model.context_parallel_size > 1; choose auto, flash or "
+            "fused"
         )
-    probe, update = config.diagnostics.gradient_probe, config.diagnostics.weight_update
-    if config.eval.tasks or any((probe.at, probe.every, update.at, update.every)):
+    if data.reset_attention_mask and engine:
         yield (
-            "eval.tasks and diagnostics do not know of ranks that share a sequence (model.context_parallel_size > 1); "
-            "leave them out, or run tools/evaluate.py at context_parallel_size 1"
-        )
-    if config.init.hf is not None and config.init.gate:
-        yield (
-            "init.hf compares whole sequences with transformers, which model.context_parallel_size > 1 cuts; import "
-            "with tools/convert.py and start with init.checkpoint, or set init.gate to false"
+            "data.reset_attention_mask does not go with model.context_parallel_size > 1 in Transformer Engine's "
+            "layers: documents would have to be padded to multiples of 2 x CP; set model.transformer_impl to local, or "
+            "unset one of them"
         )
     groups = architecture.num_query_groups // tp
     if model.cp_comm_type == "a2a" and (groups == 0 or groups % cp):

@@ -95,12 +95,11 @@ class Model(Section):
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
         None, description="model chunks per pipeline rank (interleaved 1F1B)"
     )
-    context_parallel_size: PositiveInt = Field(
-        1, description="ranks that share each sequence; > 1 needs Transformer Engine"
-    )
+    context_parallel_size: PositiveInt = Field(1, description="ranks that share each sequence")
     sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence within a TP group")
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = Field(
-        None, description="how context-parallel ranks exchange keys and values; null: p2p, a ring"
+        None,
+        description="how context-parallel ranks exchange keys and values; null: p2p, a ring; torch's: all_gather",
     )
     transformer_impl: Literal["transformer_engine", "local"] | None = Field(
         None,

@@ -1,8 +1,9 @@
-"""Log-probabilities of given tokens under the live model, at any TP/PP/DP: the one thing that task evaluation asks.
+"""Log-probabilities of given tokens under the live model, at any TP/PP/CP/DP: the one thing that task evaluation asks.
 
 All ranks call `score` with the same rows and queries. Rows are cut into micro-batches, longest first, dealt to the
-data-parallel replicas and sent through megatron-core's pipeline schedule. The output layer runs at the queried
-positions only, and its logits stay split over the vocabulary.
+data-parallel replicas and sent through megatron-core's pipeline schedule; of each row a context-parallel rank has its
+chunks, and the queries that lie there. The output layer runs at the queried positions only, and its logits stay split
+over the vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from megacpt.eval.agreement import first_failure
 from megacpt.eval.packing import Row
+from megacpt.model.context import own_positions
 from megacpt.model.gpt import LanguageModel, unwrap
 
 POSITIONS_AT_ONCE = 512
@@ -119,11 +121,12 @@ def _forward_all(
     with _evaluating(chunks):
         for call in plan_calls([len(row) for row in rows], batch_tokens, stages, replicas):
             longest = max(len(rows[number]) for replica in call for batch in replica for number in batch)
-            unit = parallel_state.get_tensor_model_parallel_world_size()
+            context = parallel_state.get_context_parallel_world_size()
+            unit = parallel_state.get_tensor_model_parallel_world_size() * (2 * context if context > 1 else 1)
             unit *= FP8_ROWS if unwrap(chunks[0]).config.fp8 else 1
             shape = (max(len(batch) for replica in call for batch in replica), -(-longest // unit) * unit)
             mine = call[parallel_state.get_data_parallel_rank()]
-            batches = [_batch(batch, rows, asked, queries, shape) for batch in mine]
+            batches = [_context_part(_batch(batch, rows, asked, queries, shape)) for batch in mine]
             outputs = _run(chunks, batches, shape)
             if answers and parallel_state.get_tensor_model_parallel_rank() == 0:
                 for batch, (logprobs, likeliest) in zip(batches, outputs, strict=True):
@@ -133,7 +136,10 @@ def _forward_all(
 
 @dataclass(frozen=True)
 class _Batch:
-    """tokens, positions int64 [b, s]; hidden bool [b, 1, s, s] or None; of the queries: number, place, target [n]."""
+    """tokens, positions int64 [b, s]; hidden bool [b, 1, s, t] or None; of the queries: number, place, target [n].
+
+    t is s, or the whole length where context-parallel ranks have s positions of it each, and the queries there.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -167,6 +173,26 @@ def _batch(
     token_BS, position_BS, number_N, place_N, target_N = (torch.from_numpy(array) for array in arrays)
     mask = None if hidden is None else torch.from_numpy(hidden)
     return _Batch(token_BS, position_BS, mask, number_N, place_N, target_N)
+
+
+def _context_part(batch: _Batch) -> _Batch:
+    """What this context-parallel rank has of a micro-batch: its chunks of every row, and the queries that lie there."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return batch
+    rank, (lines, length) = parallel_state.get_context_parallel_rank(), batch.tokens.shape
+    everywhere = torch.arange(lines * length).view(lines, length)
+    own = own_positions(everywhere, size, rank, dim=1).flatten()
+    local = torch.full((lines * length,), -1).index_copy(0, own, torch.arange(len(own)))[batch.places]
+    here = local >= 0
+    return _Batch(
+        tokens=own_positions(batch.tokens, size, rank, dim=1),
+        positions=own_positions(batch.positions, size, rank, dim=1),
+        hidden=None if batch.hidden is None else own_positions(batch.hidden, size, rank, dim=2),
+        numbers=batch.numbers[here],
+        places=local[here],
+        targets=batch.targets[here],
+    )
 
 
 @contextmanager

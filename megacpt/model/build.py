@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megacpt.config.architecture import Architecture
+from megacpt.config.check_engine import attends_with_torch
 from megacpt.config.tree import Freeze, Model
 from megacpt.model.full_precision import is_quantized
 from megacpt.model.gpt import LanguageModel
@@ -62,7 +63,7 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
-        cp_comm_type=model.cp_comm_type or ("p2p" if model.context_parallel_size > 1 else None),
+        cp_comm_type=context_exchange(architecture, model, engine=options.engine),
         tp_comm_overlap=model.tp_comm_overlap,
         cross_entropy_loss_fusion=model.cross_entropy_loss_fusion and model.own_loss is None,
         cross_entropy_fusion_impl="te" if model.cross_entropy_fusion_impl == "te" else "native",
@@ -93,6 +94,14 @@ def transformer_config(architecture: Architecture, model: Model, options: BuildO
         attention_backend=AttnBackend[model.attention_backend],
         **fp8_settings(model),
     )
+
+
+def context_exchange(architecture: Architecture, model: Model, *, engine: bool) -> str | None:
+    """How context-parallel ranks exchange keys and values; None without them."""
+    if model.context_parallel_size == 1:
+        return None
+    by_default = "all_gather" if attends_with_torch(architecture, model, engine=engine) else "p2p"
+    return model.cp_comm_type or by_default
 
 
 def fp8_settings(model: Model) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megacpt.model.context import own_positions
 from megacpt.model.gpt import unwrap
 from megacpt_kernels.token_losses import SourceSums
 
@@ -25,12 +26,17 @@ def stage_reads_batches(documents: bool) -> bool:
     return documents or first or parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
-def document_mask(document_ids_BS: torch.Tensor) -> torch.Tensor:
-    """Bool [b, 1, s, s], True where a position must not look: the future, and other documents."""
-    size = document_ids_BS.shape[1]
-    other = document_ids_BS[:, :, None] != document_ids_BS[:, None, :]
-    future = torch.ones(size, size, dtype=torch.bool, device=document_ids_BS.device).triu(1)
-    return (other | future)[:, None]
+def document_mask(document_ids_BS: torch.Tensor, size: int = 1, rank: int = 0) -> torch.Tensor:
+    """Bool [b, 1, s / CP, s], True where a position must not look: the future, and other documents.
+
+    Args:
+        document_ids_BS: of the whole sequence.
+        size, rank: the context-parallel rank whose positions look.
+    """
+    places = torch.arange(document_ids_BS.shape[1], device=document_ids_BS.device)
+    own_ids, own_places = own_positions(document_ids_BS, size, rank, dim=1), own_positions(places, size, rank)
+    other = own_ids[:, :, None] != document_ids_BS[:, None, :]
+    return (other | (places > own_places[:, None]))[:, None]
 
 
 def packed_documents(document_ids_BS: torch.Tensor) -> PackedSeqParams:
@@ -53,18 +59,8 @@ def packed_documents(document_ids_BS: torch.Tensor) -> PackedSeqParams:
 
 
 def context_part(batch: Batch, size: int, rank: int) -> Batch:
-    """What a context-parallel rank sees of a micro-batch: of 2 x CP chunks, the rank-th from either end.
-
-    So every rank has as much of the causal triangle (Megatron's zigzag, which Transformer Engine's attention expects).
-    """
-    if size == 1:
-        return batch
-
-    def part(tensor: torch.Tensor) -> torch.Tensor:
-        chunks = tensor.chunk(2 * size, dim=1)
-        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
-
-    return {name: part(tensor) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}
+    """What a context-parallel rank sees of a micro-batch: of tensors [b, s, ...] its chunks of s, others whole."""
+    return {name: own_positions(t, size, rank, dim=1) if t.dim() > 1 else t for name, t in batch.items()}
 
 
 def _loss(
@@ -91,18 +87,22 @@ def forward_step(
 def stage_inputs(batch: Batch, device: torch.device, *, engine: bool) -> tuple[Batch, dict[str, Any]]:
     """A micro-batch on the device, this rank's part of it, and the model's arguments made from it.
 
-    Where documents matter, the local layers get a mask [b, 1, s, s]; Transformer Engine's get the micro-batch as one
-    row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
+    Where documents matter, the local layers get a mask [b, 1, s / CP, s]; Transformer Engine's get the micro-batch as
+    one row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
     """
     packed = packed_documents(batch["document_ids"]) if engine and "document_ids" in batch else None
     size = parallel_state.get_context_parallel_world_size()
-    batch = context_part(batch, size, parallel_state.get_context_parallel_rank() if size > 1 else 0)
+    rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+    everything = batch.get("document_ids")
+    batch = context_part(batch, size, rank)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     tokens, labels = batch.get("tokens"), batch.get("labels")
-    positions, documents = batch.get("position_ids"), batch.get("document_ids")
+    positions = batch.get("position_ids")
     if positions is None and tokens is not None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    mask = None if documents is None or engine else document_mask(documents)
+    mask = None
+    if everything is not None and not engine:
+        mask = document_mask(everything.to(device, non_blocking=True), size, rank)
     inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "labels": labels}
     if packed is not None:
         inputs = {name: None if value is None else value.reshape(1, -1) for name, value in inputs.items()}

@@ -72,6 +72,9 @@ class LanguageModel(GPTModel):
             return (hidden, phases_S11D[packed_positions(packed.cu_seqlens_q, tokens)], *rest)
         if not self.restart_positions:
             return output
+        if self.config.context_parallel_size > 1:
+            # Those of this rank's places, and its documents begin anywhere.
+            phases_S11D = self.rotary_pos_emb(len(phases_S11D) * self.config.context_parallel_size, packed_seq=True)
         # [s, b, 1, d]: each sample its own phases, broadcast over heads.
         return (hidden, phases_S11D[position_ids.t(), 0], *rest)
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megacpt.model.context import GatherKeysAndValues, causal_bias, chunks_of
 from megacpt_kernels.rmsnorm import rms_norm
 from megacpt_kernels.rope import rope
 from megacpt_kernels.swiglu import swiglu
@@ -111,7 +112,7 @@ class SDPAttention(MegatronModule):
     """Causal attention through `torch.nn.functional.scaled_dot_product_attention`, for the core_attention slot.
 
     On a CPU this is torch's blocked attention, on a GPU flash attention; megatron-core's own local attention
-    materialises the scores in full on both.
+    materialises the scores in full on both. Context-parallel ranks gather keys and values (`megacpt.model.context`).
     """
 
     def __init__(
@@ -128,6 +129,11 @@ class SDPAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal, f"only causal attention, not {attn_mask_type}"
         assert config.kv_channels is not None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert cp_comm_type == "all_gather", f"keys and values are gathered, not exchanged by {cp_comm_type}"
+            assert pg_collection is not None
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -141,19 +147,39 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend within the causal past, or within `attention_mask` (Megatron's sense: True is hidden; [b, 1, s, s]).
+        """Attend within the causal past, or within `attention_mask` (Megatron's sense: True is hidden; [b, 1, s, t]).
 
-        H query heads share G key/value heads. Returns [s, b, H * D].
+        H query heads share G key/value heads; t is s, or all of the sequence where this rank has s positions of it.
+        Returns [s, b, H * D].
         """
         assert attention_bias is None
         assert packed_seq_params is None, "packed sequences need Transformer Engine"
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHD, key_SBGD, value_SBGD))
+        group = self.context_group
+        if group is None:
+            return self._attend(query_SBHD, key_SBGD, value_SBGD, attention_mask)
+        keys, values = GatherKeysAndValues.apply(key_SBGD, value_SBGD, group)
+        length = query_SBHD.shape[0] // 2
+        parts = []
+        for place, number in enumerate(chunks_of(group.size(), group.rank())):
+            own, past = slice(place * length, (place + 1) * length), slice(0, (number + 1) * length)
+            mask = None if attention_mask is None else attention_mask[:, :, own, past]
+            parts.append(self._attend(query_SBHD[own], keys[past], values[past], mask))
+        return torch.cat(parts)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The last s of t positions, queries [s, b, h, d], to keys and values [t, b, g, d]."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if hidden is None else ~hidden
+        if hidden is None and query.shape[2] < key.shape[2]:
+            mask = causal_bias(query, key.shape[2])
         context_BHSD = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

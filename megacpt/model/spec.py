@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpt.config.architecture import Architecture
-from megacpt.config.check_engine import has_fused_attention
+from megacpt.config.check_engine import attends_with_torch
 from megacpt.config.tree import Model
 from megacpt.model.layers import (
     LayerNorm,
@@ -76,20 +76,17 @@ def slots(architecture: Architecture, model: Model, *, engine: bool) -> Slots:
         self_attention=RotatingSelfAttention if model.own_rope(on_gpu=on_gpu) else SelfAttention,
         activation=SwiGLU if architecture.swiglu and model.own_swiglu(on_gpu=on_gpu) else None,
     )
+    attention = SDPAttention if attends_with_torch(architecture, model, engine=engine) else TEDotProductAttention
     if engine:
-        # Its own would write out the scores; torch's pads such heads.
-        of_torch = model.attention_backend == "auto" and not has_fused_attention(architecture)
         return filled(
             norm=IdentityOp,
             final_norm=TENorm,
             column=TELayerNormColumnParallelLinear,
             row=TERowParallelLinear,
-            attention=SDPAttention if of_torch else TEDotProductAttention,
+            attention=attention,
         )
     norm = NORMS[architecture.normalization]
-    return filled(
-        norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=SDPAttention
-    )
+    return filled(norm=norm, final_norm=norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=attention)
 
 
 def layer_spec(architecture: Architecture, model: Model, *, engine: bool) -> ModuleSpec:

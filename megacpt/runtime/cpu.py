@@ -97,6 +97,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def factory(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # for copies to a GPU, and without one there is nobody to pin it
         return function(*args, **kwargs)
 
     return factory

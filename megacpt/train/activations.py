@@ -116,4 +116,4 @@ def _checkpointed_mask(setting: Setting) -> int:
         return 0
     if model.recompute_granularity == "selective" and "core_attn" not in recomputed_modules(setting):
         return 0
-    return setting.config.train.micro_batch_size * data.seq_length**2
+    return setting.config.train.micro_batch_size * data.seq_length**2 // setting.layout.context

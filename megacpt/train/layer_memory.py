@@ -17,6 +17,10 @@ is then there twice. The local layer keeps cosines and sines, 4 s d D, and with 
 saves GELU's input, d f / t, in place of SwiGLU's. Our SwiGLU and RoPE save what Transformer Engine's do: for RoPE the
 angles, once for all layers. Under a parallel residual the norms share their input.
 
+Tokens are those of a rank, 1 / CP of a sequence's. Torch's attention then keeps gathered keys and values, 2 d D G / t
+of each token of the whole sequence, instead of its own and the fused qkv, and its output twice (not where frozen). With
+`core_attn` recomputed it gathers them again.
+
 The local column was read off `torch.autograd.graph.saved_tensors_hooks`, and a test holds it against a CPU run. The
 other one was read off Transformer Engine's sources (2.20) and has not been measured.
 """
@@ -63,11 +67,16 @@ def layer_bytes(setting: Setting, number: int) -> LayerBytes:
     linear_input = _input_bytes(setting, number) if trains else _nothing
     again = linear_input(channels * heads * tokens) if fp8 else 0
     inputs = 1 if shape.use_parallel_residual else 2
+    if gathers_keys(setting) and "core_attn" not in recomputed_modules(setting):
+        outputs = 2 if trains and not fp8 else 1
+        attention = channels * ((1 + outputs) * heads + 2 * keys * setting.layout.context)
+    else:
+        attention = mixed + channels * (2 * heads + keys)
     return LayerBytes(
         stream=inputs * tokens * norm_input(setting),
         norms=2 * tokens * norm_own(setting) + linear_input(hidden * tokens),
         fc1_input=linear_input(hidden * tokens),
-        attention=tokens * item * (mixed + channels * (2 * heads + keys)) + again + _phases(setting),
+        attention=tokens * item * attention + again + _phases(setting),
         core=tokens * FP32 * heads + _mask(setting),
         mlp=tokens * item * activation_inputs(setting) * ffn + linear_input(ffn * tokens),
     )
@@ -102,6 +111,38 @@ def recomputed_modules(setting: Setting) -> tuple[str, ...]:
 def tokens_of(setting: Setting) -> int:
     """Tokens of a micro-batch on a rank, before sequence parallelism."""
     return setting.config.train.micro_batch_size * setting.config.data.seq_length // setting.layout.context
+
+
+def gathers_keys(setting: Setting) -> bool:
+    """Whether torch's attention has keys and values of all context-parallel ranks."""
+    return setting.layout.context > 1 and setting.attends_with_torch
+
+
+def gathered_keys_bytes(setting: Setting) -> int:
+    """Keys and values of a micro-batch's whole sequences, in one layer."""
+    shape = setting.architecture
+    groups = max(shape.num_query_groups // setting.layout.tensor, 1)
+    return tokens_of(setting) * setting.layout.context * 2 * groups * shape.kv_channels * setting.dtype.itemsize
+
+
+def attention_output(setting: Setting) -> int:
+    """What attention gives of a micro-batch in one layer."""
+    shape = setting.architecture
+    heads = shape.num_attention_heads // setting.layout.tensor
+    return tokens_of(setting) * heads * shape.kv_channels * setting.dtype.itemsize
+
+
+def causal_masks(setting: Setting) -> int:
+    """Of the chunks that context-parallel ranks have, once for all layers; a GPU's attention needs none."""
+    if not gathers_keys(setting) or setting.on_gpu or setting.config.data.reset_attention_mask:
+        return 0
+    return _chunk_pairs(setting) * setting.dtype.itemsize
+
+
+def _chunk_pairs(setting: Setting) -> int:
+    """Pairs of a position of a rank and one up to the end of its chunk."""
+    chunks = 2 * setting.layout.context
+    return (chunks + 1) * (setting.config.data.seq_length // chunks) ** 2
 
 
 def sequence_shards(setting: Setting) -> int:
@@ -150,7 +191,7 @@ def angles(setting: Setting) -> int:
     """Rotary angles, for each sample its own where they restart with documents."""
     data = setting.config.data
     rows = setting.config.train.micro_batch_size if data.reset_position_ids and not setting.engine else 1
-    return data.seq_length * setting.architecture.rotary_channels * FP32 * rows
+    return data.seq_length // setting.layout.context * setting.architecture.rotary_channels * FP32 * rows
 
 
 def _mask(setting: Setting) -> int:
@@ -158,4 +199,5 @@ def _mask(setting: Setting) -> int:
     data = setting.config.data
     if setting.engine or not data.reset_attention_mask:
         return 0
-    return setting.config.train.micro_batch_size * data.seq_length**2 * setting.dtype.itemsize
+    pairs = _chunk_pairs(setting) if gathers_keys(setting) else data.seq_length**2
+    return setting.config.train.micro_batch_size * pairs * setting.dtype.itemsize

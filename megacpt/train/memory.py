@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megacpt.config.architecture import Architecture
+from megacpt.config.check_engine import attends_with_torch
 from megacpt.config.tree import Config
 from megacpt.runtime.setup import Layout
 
@@ -50,6 +51,16 @@ class Setting:
     def own_rope(self) -> bool:
         """Whether our RoPE is in the layers."""
         return self.config.model.own_rope(on_gpu=self.on_gpu or self.engine)
+
+    @property
+    def attends_with_torch(self) -> bool:
+        """Whether attention is torch's."""
+        return attends_with_torch(self.architecture, self.config.model, engine=self.engine)
+
+    @property
+    def replicas(self) -> int:
+        """Data- and context-parallel ranks that hold the same weights, over which the optimizer is distributed."""
+        return self.layout.data * self.layout.context
 
     @property
     def chunks(self) -> int:
@@ -201,7 +212,7 @@ def stage_state(setting: Setting, stage: int) -> State:
     plain = sum(sum(buckets(setting, stage, [p for p in chunk if p.trains and not p.fp8])) for chunk in chunks)
     fp8 = sum(sum(buckets(setting, stage, [p for p in chunk if p.fp8])) for chunk in chunks)
     buffers = plain + fp8
-    shares = setting.layout.data * setting.layout.context if optimizer.use_distributed_optimizer else 1
+    shares = setting.replicas if optimizer.use_distributed_optimizer else 1
     offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
     return State(
         parameters=everything,
@@ -252,7 +263,7 @@ def gathered_bytes(setting: Setting, stage: int, *, fp8: bool) -> int:
     Args:
         fp8: as they are kept with `fp8_param_gather`; mxfp8's go in bf16 all the same.
     """
-    ranks = setting.layout.data * setting.layout.context
+    ranks = setting.replicas
     chunks = [chunk_parameters(setting, stage, chunk) for chunk in range(setting.chunks)]
     small = fp8 and setting.config.model.fp8_recipe != "mxfp8"
     whole = sum(p.numel * (1 if p.fp8 and small else setting.dtype.itemsize) for chunk in chunks for p in chunk)
@@ -270,7 +281,7 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
     if not setting.config.optimizer.use_distributed_optimizer:
         yield sum(p.numel for p in parameters)
         return
-    dp = setting.layout.data * setting.layout.context
+    dp = setting.replicas
     limited = setting.config.optimizer.overlap_grad_reduce and stage == 0
     limit = max(40_000_000, 1_000_000 * dp) if limited else math.inf
     unit = math.lcm(dp, BUCKET_ALIGNMENT)
@@ -290,10 +301,10 @@ def buckets(setting: Setting, stage: int, parameters: list[Parameter]) -> Iterat
 def base_weights_bytes(setting: Setting) -> int:
     """Host memory for the transformer layers' weights of iteration 0, as `megacpt.train.shares` deals them, at most.
 
-    The first rank of a tensor-parallel group has the norms; a data-parallel rank keeps its part of each tensor.
+    The first rank of a tensor-parallel group has the norms; ranks that hold the same tensor keep a part of it each.
     """
     tensors = _layer(setting.architecture, setting.layout.tensor) * setting.chunk_layers * setting.chunks
-    return sum(-(-count // setting.layout.data) for count, _ in tensors) * setting.dtype.itemsize
+    return sum(-(-count // setting.replicas) for count, _ in tensors) * setting.dtype.itemsize
 
 
 def round_up(value: int, unit: int) -> int:

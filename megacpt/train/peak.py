@@ -7,7 +7,8 @@ beside it in `megacpt.train.activations`, dW the gradient of a weight before it 
   its input beside the logits' gradient, which ours writes over the logits; megatron-core's copies it where vocabulary
   padding is masked. The loss of hidden states has made its gradients in forward, beside a chunk of logits.
 - *Layer.* The first layer of a backward pass: the incoming gradient, and the largest of
-  fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed.
+  fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed;
+  torch's attention of context-parallel ranks: gradients of all keys and values, less what the MLP has freed.
   With full recomputation the unit that is computed again is there too.
 - *Embedding.* The first stage ends a backward pass: one micro-batch's activations are free, dW of the table is there.
 
@@ -27,13 +28,26 @@ from megacpt.train.activations import (
     recomputed_bytes,
     stream_bytes,
 )
-from megacpt.train.layer_memory import activation_inputs, sequence_shards, tokens_of
+from megacpt.train.layer_memory import (
+    activation_inputs,
+    attention_output,
+    causal_masks,
+    gathered_keys_bytes,
+    gathers_keys,
+    layer_bytes,
+    recomputed_modules,
+    sequence_shards,
+    tokens_of,
+)
 from megacpt.train.memory import FP32, Setting, stage_state
 from megacpt_kernels.linear_cross_entropy import HeadOptions
 from megacpt_kernels.vocabulary import SLICE_BYTES
 
 GATHER_BUFFER = 1
 """Full sequences that megatron-core's linear layers keep between calls under sequence parallelism."""
+
+GRADIENT_COPIES = 2
+"""Of the gradients of gathered keys and values: as attention gives them, and in the order of ranks."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def stage_peak(setting: Setting, stage: int) -> Peak:
     head = head_bytes(setting) if last else 0
     saved = held + max(0, again - logits - head)
     moments = [held + logits + _loss(setting)] if last else []
-    moments.append(held - head + again + _layer(setting, stage))
+    moments.append(held - head + again + max(_layer(setting, stage), _attention(setting, stage)))
     if stage == 0:
         moments.append(held - first + stream_bytes(setting) + _largest_table(setting))
     moments.append(_optimizer(setting, stage))
@@ -155,6 +169,18 @@ def _layer(setting: Setting, stage: int) -> int:
     return stream_bytes(setting) + max(fc2, activation, fc1)
 
 
+def _attention(setting: Setting, stage: int) -> int:
+    """Beside what a layer saved while gradients of gathered keys and values are summed; its MLP has gone backward."""
+    if not gathers_keys(setting):
+        return 0
+    layer = layer_bytes(setting, setting.layers(stage, setting.chunks - 1)[-1])
+    freed = layer.fc1_input + (0 if "mlp" in recomputed_modules(setting) else layer.mlp)
+    gathered, again = gathered_keys_bytes(setting), 0
+    if "core_attn" in recomputed_modules(setting):
+        again = gathered + 2 * attention_output(setting)
+    return stream_bytes(setting) + GRADIENT_COPIES * gathered + again - freed
+
+
 def _largest_table(setting: Setting) -> int:
     """The embedding's gradient."""
     return setting.vocabulary_rows * setting.architecture.hidden_size * setting.dtype.itemsize
@@ -167,19 +193,19 @@ def _optimizer(setting: Setting, stage: int) -> int:
     copies = 0
     if setting.dtype.itemsize < FP32 and not setting.config.precision.grad_reduce_in_fp32:
         copies = stage_state(setting, stage).gradients // setting.dtype.itemsize * FP32
-    share = setting.layout.data if setting.config.optimizer.use_distributed_optimizer else 1
+    share = setting.replicas if setting.config.optimizer.use_distributed_optimizer else 1
     return copies // share
 
 
 def _between(setting: Setting, stage: int) -> int:
-    """What is there between micro-batches: tensors on their way to a neighbour, sequences gathered over TP."""
+    """What is there between micro-batches: tensors sent to a neighbour, sequences gathered over TP, masks."""
     sent = 0
     if setting.layout.virtual is not None:
         sent = (2 if stage == 0 else 4) * stream_bytes(setting)
     elif stage > 0 and setting.micro_batches > warm_up(setting, stage) + 1:
         sent = stream_bytes(setting)
     gathered = full_stream_bytes(setting) * GATHER_BUFFER if setting.config.model.sequence_parallel else 0
-    return sent + gathered + _stand_ins(setting, stage)
+    return sent + gathered + causal_masks(setting) + _stand_ins(setting, stage)
 
 
 def _stand_ins(setting: Setting, stage: int) -> int:

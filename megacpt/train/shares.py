@@ -1,7 +1,8 @@
-"""Sums over the transformer layers' elements, each counted once, wherever tensor, pipeline and data parallelism put it.
+"""Sums over the transformer layers' elements, each counted once, wherever parallelism of any kind has put it.
 
 A rank accounts for its own tensor-parallel shards, for whole tensors (norms, some biases) if it is the first of its
-group, and of all those for its data-parallel rank's part. Embeddings, the final norm and the output layer are left out.
+group, and of all those for its part among the data- and context-parallel ranks that have equal ones. Embeddings, the
+final norm and the output layer are left out.
 """
 
 from collections.abc import Sequence
@@ -41,8 +42,9 @@ class Share:
 
 
 def weight_shares(chunks: Sequence[LanguageModel]) -> list[Share]:
-    """What this rank accounts for where data-parallel ranks hold equal tensors."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    """What this rank accounts for where data- and context-parallel ranks hold equal tensors."""
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     found = []
     for layer, parameter in _layer_parameters(chunks):
         count = parameter.numel()

@@ -56,7 +56,6 @@ def check(*, engine: bool = True, on_gpu: bool = True, bf16: bool = True, **sect
     ("sections", "words"),
     [
         ({"model": {"fp8": "hybrid"}}, ["model.fp8 hybrid", "transformer_impl"]),
-        ({"model": {"context_parallel_size": 2}}, ["context_parallel_size 2", "transformer_impl"]),
         ({"model": SP | {"tp_comm_overlap": True}}, ["tp_comm_overlap", "transformer_impl"]),
         ({"model": {"attention_backend": "flash"}}, ["attention_backend flash", "transformer_impl"]),
         (
@@ -69,6 +68,15 @@ def test_keys_of_the_engine_need_it(sections: dict[str, Any], words: list[str]) 
     with pytest.raises(UserError) as caught:
         check(engine=False, **sections)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("way", ["p2p", "a2a"])
+def test_torch_s_attention_gathers_keys_and_values(way: str) -> None:
+    shared = {"context_parallel_size": 2}
+    with pytest.raises(UserError, match=f"cp_comm_type {way} is Transformer Engine's .*; choose all_gather"):
+        check(engine=False, on_gpu=False, model=shared | {"cp_comm_type": way})
+    check(engine=False, on_gpu=False, model=shared | {"cp_comm_type": "all_gather"})
+    check(engine=False, on_gpu=False, model=shared, data=DOCUMENTS)
 
 
 def test_our_swiglu_needs_a_gate() -> None:
@@ -134,8 +142,10 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
         ({"model": {"context_parallel_size": 3}}, ["context_parallel_size 3", "seq_length 64"]),
         ({"model": {"context_parallel_size": 2}, "data": DOCUMENTS}, ["reset_attention_mask", "context_parallel_size"]),
         ({"model": {"context_parallel_size": 8, "cp_comm_type": "a2a"}}, ["a2a", "num_query_groups"]),
-        ({"model": {"context_parallel_size": 2}, "eval": {"tasks": ["arc_easy"]}}, ["eval.tasks", "context_parallel"]),
-        ({"model": {"context_parallel_size": 2}, "init": {"hf": "folder"}}, ["init.hf", "tools/convert.py"]),
+        (
+            {"model": {"context_parallel_size": 2, "attention_backend": "unfused"}},
+            ["attention_backend unfused", "fused"],
+        ),
         (
             {
                 "model": {
@@ -181,7 +191,10 @@ def test_keys_of_a_gpu_need_one(sections: dict[str, Any], word: str) -> None:
         ),
         ({"model": ODD_HEADS | {"attention_backend": "flash"}}, ["attention_backend flash", "multiples of 8", "20"]),
         ({"model": ODD_HEADS, "data": DOCUMENTS}, ["reset_attention_mask", "multiples of 8", "20"]),
-        ({"model": ODD_HEADS | {"context_parallel_size": 2}}, ["context_parallel_size", "multiples of 8", "20"]),
+        (
+            {"model": ODD_HEADS | {"context_parallel_size": 2, "cp_comm_type": "p2p"}},
+            ["cp_comm_type p2p", "torch's", "all_gather"],
+        ),
     ],
 )
 def test_what_cannot_run_is_one_sentence(sections: dict[str, Any], words: list[str]) -> None:
@@ -211,7 +224,10 @@ def test_precision() -> None:
         {"model": SP | {"tp_comm_overlap": True, "gradient_accumulation_fusion": True}},
         {"model": {"context_parallel_size": 2, "cp_comm_type": "a2a"}},
         {"model": {"cuda_graph_impl": "local"} | MLP_AGAIN},
+        {"model": {"context_parallel_size": 2}, "diagnostics": {"gradient_probe": {"every": 5, "domain": ["a"]}}},
+        {"model": {"context_parallel_size": 2}, "init": {"hf": "folder"}, "eval": {"tasks": ["arc_easy"]}},
         {"model": ODD_HEADS},
+        {"model": ODD_HEADS | {"context_parallel_size": 2}},
         {"model": ODD_HEADS | {"attention_backend": "unfused"}},
         {"data": DOCUMENTS, "train": {"micro_batch_size": 2}},
         {"optimizer": PRECISE | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8"}},

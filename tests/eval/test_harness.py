@@ -24,18 +24,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "vp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "tp2-dp2": {"tensor_model_parallel_size": 2, "ranks": 4},
+    "cp2-tp2-sp": {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "ranks": 4},
 }
 
 
 def live_model(folder: Path, layout: dict[str, Any], batch_tokens: int = 256) -> LiveModel:
     """On the groups of this rank."""
     model = Model(**{key: value for key, value in layout.items() if key != "ranks"})
-    tp, pp, vp = (
+    tp, pp, vp, cp = (
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
         model.virtual_pipeline_model_parallel_size,
+        model.context_parallel_size,
     )
-    setup(Layout(dist.get_world_size(), tp, pp, vp), seed=0, threads=1)
+    setup(Layout(dist.get_world_size(), tp, pp, vp, cp), seed=0, threads=1)
     return LiveModel(hf_subject(folder, "fp32").build(model), readers.MAX_LENGTH, batch_tokens)
 
 

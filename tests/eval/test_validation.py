@@ -58,6 +58,7 @@ def test_every_target_counts_once_in_any_batch_and_layout(corpora: Path) -> None
         (2, 14, 7, tiny.layout()),
         (2, 4, 2, tiny.layout(tp=2)),
         (2, 4, 2, tiny.layout(pp=2)),
+        (2, 4, 2, {"model": {"context_parallel_size": 2}}),
     ):
         batches = {"train": {"global_batch_size": size, "micro_batch_size": micro}, "eval": {"iters": ITERS}}
         ranks = run_ranks(validate, world, tiny.tree(corpora, f"validation{len(results)}", layout, batches), world)
@@ -99,6 +100,7 @@ def test_accuracy_is_that_of_transformers(tmp_path: Path) -> None:
         "vp2": (2, tiny.layout(pp=2, vp=2)),
         "tp2pp2": (4, tiny.layout(tp=2, pp=2, sp=True)),
         "dp2": (2, tiny.layout()),
+        "cp2tp2": (4, {"model": {"context_parallel_size": 2, "tensor_model_parallel_size": 2}}),
     }
     results: dict[str, Validation] = {}
     for name, (world, layout) in layouts.items():

@@ -13,7 +13,7 @@ from megacpt.model.forward import run_batches, stage_reads_batches
 from tests.jobs import NEOX, SEQ_LENGTH, VOCABULARY, Section, relative_difference, small_config, start, train_steps
 from tests.ranks import run_ranks
 
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+CP, TP, PP = "context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"
 INSIDE = {"reset_attention_mask": True, "reset_position_ids": True}
 LENGTHS = (7, 1, 12, 5)
 """Documents of one sample; together SEQ_LENGTH + 1 tokens."""
@@ -76,6 +76,7 @@ def alone(folder: Path) -> torch.Tensor:
         pytest.param(2, {TP: 2, "sequence_parallel": True}, id="tp2-sp"),
         pytest.param(2, {PP: 2}, id="pp2"),
         pytest.param(4, {PP: 4}, id="pp4"),
+        pytest.param(2, {CP: 2}, id="cp2"),
         pytest.param(
             1,
             {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -108,6 +109,7 @@ def test_without_the_mask_documents_see_one_another(folder: Path, alone: torch.T
         pytest.param(2, {TP: 2, "sequence_parallel": True}, id="tp2-sp"),
         pytest.param(4, {PP: 4}, id="pp4"),
         pytest.param(2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}, id="pp2-vp2"),
+        pytest.param(4, {CP: 2, PP: 2}, id="cp2-pp2"),
     ],
 )
 def test_training_agrees(folder: Path, world: int, layout: Section):

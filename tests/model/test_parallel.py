@@ -10,7 +10,9 @@ from tests.jobs import NEOX, NOTHING, Section, relative_difference, small_config
 from tests.ranks import run_ranks
 
 TP, PP, VP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP = "context_parallel_size"
 SP = {TP: 2, "sequence_parallel": True}
+ATTENTION_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -75,6 +77,29 @@ def test_model_parallel(folder: Path, world: int, layout: Section):
 )
 def test_data_parallel(folder: Path, world: int, layout: Section, optimizer: Section):
     check(folder, world, {}, layout, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "optimizer"),
+    [
+        pytest.param(2, {CP: 2}, {}, id="cp2"),
+        pytest.param(4, {CP: 4, "cp_comm_type": "all_gather"}, SHARDED, id="cp4-sharded"),
+        pytest.param(4, {CP: 2}, OVERLAPPED, id="cp2-dp2-sharded-overlap"),
+        pytest.param(4, {CP: 2, **SP, **ATTENTION_AGAIN}, {}, id="cp2-tp2-sp-attention-recomputed"),
+        pytest.param(4, {CP: 2, PP: 2, VP: 2, **FULL}, {}, id="cp2-pp2-vp2-recompute"),
+    ],
+)
+def test_context_parallel(folder: Path, world: int, layout: Section, optimizer: Section):
+    check(folder, world, {}, layout, optimizer)
+
+
+def test_context_parallel_with_tied_embeddings_and_the_loss_of_hidden_states(folder: Path):
+    model = {"vocab_size": 1000, "untie_embeddings_and_output_weights": False}
+    check(folder, 4, model, {CP: 2, PP: 2, "cross_entropy_fusion_impl": "linear"})
+
+
+def test_context_parallel_with_megatron_core_s_rotation_of_some_channels(folder: Path):
+    check(folder, 2, NEOX, {CP: 2, "rope_fusion_impl": "native"})
 
 
 @pytest.mark.parametrize("layout", [{PP: 4, VP: 2}, {PP: 2, VP: 4}], ids=["pp4-vp2", "pp2-vp4"])

@@ -30,6 +30,7 @@ def redirected() -> dict[str, Any]:
         "index": torch.ones(2, device="cuda:1"),
         "device": torch.full((2,), 3.0, device=cuda),
         "current": torch.arange(2, device=torch.cuda.current_device()),
+        "pinned": torch.tensor([1, 2], device="cpu", pin_memory=True).cuda(non_blocking=True),
         "like": torch.empty_like(torch.ones(2), device=cuda),
         "to": torch.ones(2).to("cuda", torch.float64),
         "to_keyword": torch.ones(2).to(device=cuda),

@@ -101,7 +101,7 @@ def test_configuration(complaint: Complaint, change: tiny.Tree, words: list[str]
     [
         (["model.tensor_model_parallel_size=3"], ["tensor_model_parallel_size 3", "num_attention_heads 4"]),
         (["model.pipeline_model_parallel_size=3"], ["pipeline_model_parallel_size 3", "num_layers 4"]),
-        (["model.context_parallel_size=3"], ["Transformer Engine"]),
+        (["model.context_parallel_size=3"], ["context_parallel_size 3", "6 chunks", "seq_length 32"]),
     ],
 )
 def test_layouts(complaint: Complaint, overrides: list[str], words: list[str]) -> None:

@@ -16,6 +16,7 @@ from tests.train import tiny
 STEPS = 3
 PROBE = {"diagnostics": {"gradient_probe": {"every": 1, "domain": ["medical"]}}}
 FLAGS = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+CONTEXT: tiny.Tree = {"model": {"context_parallel_size": 2}}
 LAYOUTS: dict[str, tuple[int, tiny.Tree]] = {
     "one": (1, tiny.layout()),
     "tp2": (2, tiny.layout(tp=2, sp=True)),
@@ -23,6 +24,8 @@ LAYOUTS: dict[str, tuple[int, tiny.Tree]] = {
     "dp2": (2, tiny.layout()),
     "dp2_overlap": (2, {"optimizer": dict.fromkeys(FLAGS, True)}),
     "tp2pp2": (4, tiny.layout(tp=2, pp=2, distributed=True)),
+    "cp2": (2, CONTEXT),
+    "cp2dp2": (4, CONTEXT | {"optimizer": {"use_distributed_optimizer": True}}),
 }
 
 

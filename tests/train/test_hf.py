@@ -59,11 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
-def test_five_steps_from_a_folder(folder: Path, tp: int, pp: int) -> None:
-    run = f"run_{tp}_{pp}"
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    tree = configuration(folder, run, model=layout, train={"train_iters": 5, "global_batch_size": 16})
+@pytest.mark.parametrize("key", ["tensor_model", "pipeline_model", "context"])
+def test_five_steps_from_a_folder(folder: Path, key: str) -> None:
+    run = f"run_{key}"
+    tree = configuration(
+        folder, run, model={f"{key}_parallel_size": 2}, train={"train_iters": 5, "global_batch_size": 16}
+    )
     losses = run_ranks(train_here, 2, tree)[0]
     assert len(losses) == 5
     exported = folder / run / "hf" / "iter_0000005"

@@ -60,6 +60,7 @@ def setting(world: int, dtype: str = "fp32", **sections: dict[str, Any]) -> Sett
         config.model.tensor_model_parallel_size,
         config.model.pipeline_model_parallel_size,
         config.model.virtual_pipeline_model_parallel_size,
+        config.model.context_parallel_size,
     )
     architecture = resolve_architecture(config.model, None)
     check_config(config, architecture)
@@ -187,6 +188,7 @@ def optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
 TP2 = {"tensor_model_parallel_size": 2}
 SP2 = TP2 | {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 VP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 KERNELS = {"swiglu_fusion_impl": "megacpt", "rope_fusion_impl": "megacpt"}
 TIED = {"untie_embeddings_and_output_weights": False}
@@ -252,6 +254,32 @@ RUNS = {
     "DP2, distributed": (2, "fp32", {"optimizer": DISTRIBUTED}),
     "DP2, distributed, bf16, frozen": (2, "bf16", {"optimizer": DISTRIBUTED, "train": FROZEN}),
     "DP2 x PP2, distributed, tied": (4, "bf16", {"optimizer": OVERLAP, "model": PP2 | TIED}),
+    "CP2": (2, "fp32", {"model": CP2}),
+    "CP2, MHA, long, bf16": (2, "bf16", {"model": CP2 | {"num_query_groups": 12}, "data": {"seq_length": 256}}),
+    "CP2 x TP2, SP, attention recomputed, distributed": (
+        4,
+        "bf16",
+        {
+            "optimizer": DISTRIBUTED,
+            "model": CP2 | SP2 | {"recompute_granularity": "selective"},
+            "data": {"seq_length": 256},
+        },
+    ),
+    "CP4, MHA, attention recomputed": (
+        4,
+        "fp32",
+        {
+            "model": {
+                "context_parallel_size": 4,
+                "num_query_groups": 12,
+                "vocab_size": 64,
+                "recompute_granularity": "selective",
+            },
+            "data": {"seq_length": 512},
+        },
+    ),
+    "CP2 x PP2, documents": (4, "fp32", {"model": CP2 | PP2, "data": DOCUMENTS}),
+    "CP2, documents, frozen": (2, "fp32", {"model": CP2, "data": DOCUMENTS, "train": FROZEN}),
     "neox": (1, "fp32", {"model": NEOX}),
     "neox, frozen, documents": (1, "fp32", {"model": NEOX, "train": FROZEN, "data": DOCUMENTS}),
     "neox, sequential, uniform": (
@@ -283,9 +311,9 @@ def test_the_arithmetic_is_what_ranks_allocate(name: str) -> None:
             )
         if where.config.optimizer.use_distributed_optimizer:
             item = 12 if dtype == "bf16" else 8
-            assert sum(rank["optimizer"] for rank in ranks) == ranks[0]["trained"] * item
+            assert sum(rank["optimizer"] for rank in ranks) == where.layout.tensor * ranks[0]["trained"] * item
             assert max(rank["optimizer"] for rank in ranks) <= state.optimizer
-            assert state.optimizer * where.layout.data <= ranks[0]["trained"] * item * 1.01
+            assert state.optimizer * where.replicas <= ranks[0]["trained"] * item * 1.01
         else:
             assert {rank["optimizer"] for rank in ranks} == {state.optimizer}
         expected = stage_peak(where, stage)

@@ -273,6 +273,7 @@ def test_optimizers(folder: Path, optimizer: Section) -> None:
         pytest.param({"context_parallel_size": 2}, {}, id="cp2"),
         pytest.param({"context_parallel_size": 2, "cp_comm_type": "a2a"}, {}, id="cp2-a2a"),
         pytest.param({"context_parallel_size": 2, "cp_comm_type": "all_gather"}, {}, id="cp2-all-gather"),
+        pytest.param(LOCAL | {"context_parallel_size": 2}, {}, id="cp2-local"),
         pytest.param({}, SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}, id="dp2-overlap"),
     ],
 )

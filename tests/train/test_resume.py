@@ -20,6 +20,7 @@ from megacpt.train.planning import make_plan
 from tests.ranks import run_ranks
 from tests.train import tiny
 
+CONTEXT: tiny.Tree = {"model": {"context_parallel_size": 2}}
 STOP = {"train": {"train_iters": 8}}
 """Past the end of the first medical pass is step 16; 8 lies inside it and 24 in the second."""
 
@@ -86,6 +87,7 @@ def test_resume_on_another_layout(corpora: Path, dtype: str) -> None:
         "dp2": tiny.layout(),
         "dp2_distributed": tiny.layout(distributed=True),
         "pp2_vp2": tiny.layout(pp=2, vp=2),
+        "cp2": CONTEXT,
     }
     for other, changes in others.items():
         run = f"{name}_{other}"
@@ -109,6 +111,23 @@ def test_distributed_optimizer_state_goes_to_any_other(corpora: Path) -> None:
         loss, _ = tiny.losses(corpora / run, after=8)
         expected, _ = tiny.losses(corpora / (run + "_whole"), after=8)
         np.testing.assert_allclose(loss[:4], expected[:4], rtol=1e-6 if dtype == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_context_parallel_ranks_go_on_and_so_does_one_alone(corpora: Path, distributed: bool) -> None:
+    run = f"context_{distributed}"
+    context = CONTEXT | {"optimizer": {"use_distributed_optimizer": distributed}}
+    end = {"train": {"train_iters": 12}}
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, f"{run}_whole", context, end), 2)
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, context, STOP), 2)
+    shutil.copytree(corpora / run, corpora / f"{run}_alone")
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, context, end), 2)
+    assert tiny.rows(corpora / run) == tiny.rows(corpora / f"{run}_whole")
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, f"{run}_alone", end), 1)
+    for found, expected in zip(tiny.losses(corpora / f"{run}_alone"), tiny.losses(corpora / run), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    alone, shared = (tiny.rows(corpora / name) for name in (f"{run}_alone", run))
+    assert [row.get("consumed_tokens") for row in alone] == [row.get("consumed_tokens") for row in shared]
 
 
 def test_a_checkpoint_has_what_overlap_param_gather_still_owes(corpora: Path) -> None:

@@ -60,12 +60,13 @@ def task_rows(run: Path) -> list[tiny.Tree]:
     return [row for row in tiny.rows(run) if {"task", "suite", "evaluation_error"} & row.keys()]
 
 
-@pytest.mark.parametrize("name", ["one", "tp2-sp", "dp2-distributed", "pp2"])
+@pytest.mark.parametrize("name", ["one", "tp2-sp", "dp2-distributed", "pp2", "cp2"])
 def test_rows_are_paired_with_step_0(name: str, folder: Path) -> None:
     cut, world = {
         "one": ({}, 1),
         "tp2-sp": (tiny.layout(tp=2, sp=True), 2),
         "pp2": (tiny.layout(pp=2), 2),
+        "cp2": ({"model": {"context_parallel_size": 2}}, 2),
         "dp2-distributed": (
             {
                 "optimizer": {

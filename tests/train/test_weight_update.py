@@ -106,8 +106,10 @@ def kept_bytes(tree: tiny.Tree) -> int:
     return sum(values.nbytes for values in job.base.values)
 
 
-def test_the_dry_run_knows_what_is_kept(folder: Path) -> None:
-    tree = configuration(folder, "kept", tiny.layout(tp=2), {"precision": {"dtype": "bf16"}})
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_dry_run_knows_what_is_kept(folder: Path, context: int) -> None:
+    layout = {"model": {"tensor_model_parallel_size": 2, "context_parallel_size": context}}
+    tree = configuration(folder, f"kept{context}", layout, {"precision": {"dtype": "bf16"}})
     found = run_ranks(kept_bytes, 4, tree)
     plan = make_plan(config_from(tree, "test"), 4, on_gpu=False)
     assert max(found) == base_weights_bytes(Setting(plan.config, plan.architecture, plan.layout, plan.dtype))
@@ -124,9 +126,10 @@ def test_a_resumed_run_measures_from_its_beginning(tmp_path: Path) -> None:
     base = tiny.tree(tmp_path, "base", common)
     run_ranks(tiny.train_here, 1, base, 1)
     onwards = {"init": {"checkpoint": str(tmp_path / "base")}, "save": {"interval": 2}}
-    for name, tree in (
-        ("fresh", tiny.tree(tmp_path, "fresh", common)),
-        ("onwards", tiny.tree(tmp_path, "onwards", common, onwards)),
+    sharded: tiny.Tree = {"optimizer": {"use_distributed_optimizer": True}}
+    for name, tree, move in (
+        ("fresh", tiny.tree(tmp_path, "fresh", common), sharded),
+        ("onwards", tiny.tree(tmp_path, "onwards", common, onwards), {"model": {"context_parallel_size": 2}}),
     ):
         whole = json.loads(json.dumps(tree))
         whole["save"]["dir"] += "_whole"
@@ -137,7 +140,7 @@ def test_a_resumed_run_measures_from_its_beginning(tmp_path: Path) -> None:
         run_ranks(tiny.train_here, 1, tree, 1)
         checkpoints = tmp_path / name / "checkpoints"
         (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
-        moved = tree | {"optimizer": tree["optimizer"] | {"use_distributed_optimizer": True}}
+        moved = tree | {section: tree[section] | keys for section, keys in move.items()}
         run_ranks(tiny.train_here, 2, moved, 2)
         found, expected = updates(tmp_path / name), updates(tmp_path / f"{name}_whole")
         assert sorted(found) == sorted(expected) == [2, 4]

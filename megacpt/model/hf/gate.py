@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
+from megacpt.model.context import own_positions
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.reference import Activations, reference_activations
@@ -67,7 +68,9 @@ def check_import(
     """
     first = next(chunks[0].parameters())
     config, dtype = chunks[0].config, first.dtype
-    tokens = tokens[:, : tokens.shape[1] // config.tensor_model_parallel_size * config.tensor_model_parallel_size]
+    # What sequence and context parallelism divide.
+    unit = config.tensor_model_parallel_size * 2 * config.context_parallel_size
+    tokens = tokens[:, : tokens.shape[1] // unit * unit]
     reference = _shared_reference(source, architecture, tokens.to(first.device), dtype)
     tolerance = TOLERANCES[dtype]
     alone = _Comparison(reference, tolerance, len(chunks), replace_inputs=True)
@@ -128,7 +131,7 @@ class _Comparison:
         # The interleaved schedule wants a multiple of the stages.
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         count = -(-len(tokens) // stages) * stages
-        batches = [tokens[number % len(tokens)][None].to(device) for number in range(count)]
+        batches = [_own(tokens[number % len(tokens)])[None].to(device) for number in range(count)]
         handles = []
         for chunk in chunks:
             chunk.eval()
@@ -162,8 +165,8 @@ class _Comparison:
         return shared.tolist()
 
     def _expected(self, place: int, micro_batch: int, like: torch.Tensor) -> torch.Tensor:
-        """transformers' state [s, 1, h], this rank's part of the sequence under sequence parallelism."""
-        whole = self.reference.states[place][micro_batch % len(self.reference.logits)][:, None]
+        """transformers' state [s, 1, h], this rank's part of the sequence under context and sequence parallelism."""
+        whole = _own(self.reference.states[place][micro_batch % len(self.reference.logits)])[:, None]
         if like.shape[0] == whole.shape[0]:
             return whole
         return whole.chunk(whole.shape[0] // like.shape[0])[parallel_state.get_tensor_model_parallel_rank()]
@@ -192,15 +195,21 @@ class _Comparison:
 
     def _compare_logits(self, found_SV: torch.Tensor, sequence: int, rows: int, tolerance: float) -> None:
         first = found_SV.shape[1] * parallel_state.get_tensor_model_parallel_rank()
-        expected = self.reference.logits[sequence][:, first : first + rows]
         # A shard may be all padding; the norm is that of the whole vocabulary, scaled to this shard.
-        whole = self.reference.logits[sequence]
+        whole = _own(self.reference.logits[sequence])
+        expected = whole[:, first : first + rows]
         limit = tolerance * whole.norm(dim=-1) * (max(rows, 1) / whole.shape[1]) ** 0.5
         self._record(-1, (found_SV[:, :rows] - expected).norm(dim=-1), limit)
 
     def _record(self, place: int, error: torch.Tensor, limit: torch.Tensor) -> None:
         worst = float((error.double() / limit.double()).nan_to_num(nan=torch.inf).max())
         self.ratios[place] = max(float(self.ratios[place]), worst)
+
+
+def _own(sequence: torch.Tensor) -> torch.Tensor:
+    """Of [s, ...] the positions of this context-parallel rank."""
+    size = parallel_state.get_context_parallel_world_size()
+    return own_positions(sequence, size, parallel_state.get_context_parallel_rank() if size > 1 else 0)
 
 
 def _forward(iterator: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[Any, Any]:

@@ -25,13 +25,14 @@ from megacpt.train.origin import Origin, open_hf
 from tests.model.hf.models import SHAPES, make_model, tensors_of, transformers_logits
 from tests.ranks import run_ranks
 
-Cut = tuple[int, int, int | None, bool]  # TP, PP, virtual stages, sequence parallelism
+Cut = tuple[int, int, int | None, bool, int]  # TP, PP, virtual stages, sequence parallelism, CP
 LAYOUTS: dict[str, Cut] = {
-    "TP1": (1, 1, None, False),
-    "TP2": (2, 1, None, True),
-    "PP2": (1, 2, 2, False),
-    "TP2xPP2": (2, 2, None, False),
+    "TP1": (1, 1, None, False, 1),
+    "TP2": (2, 1, None, True, 1),
+    "PP2": (1, 2, 2, False, 1),
+    "TP2xPP2": (2, 2, None, False, 1),
 }
+SHARED_SEQUENCES: Cut = (2, 1, None, True, 2)
 TOKENS = torch.randint(0, 640, (2, 32), generator=torch.Generator().manual_seed(3))
 
 
@@ -47,14 +48,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(origin: Origin, cut: Cut, dtype: torch.dtype = torch.float32) -> list[LanguageModel]:
     """The model at a layout, not filled."""
-    tp, pp, vp, sp = cut
+    tp, pp, vp, sp, cp = cut
     parallel_state.destroy_model_parallel()
-    setup(Layout(dist.get_world_size(), tp, pp, vp), seed=1, threads=1)
+    setup(Layout(dist.get_world_size(), tp, pp, vp, cp), seed=1, threads=1)
     model = Model(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
         sequence_parallel=sp,
+        context_parallel_size=cp,
         make_vocab_size_divisible_by=128,
     )
     options = BuildOptions(dtype, restart_positions=False)
@@ -147,10 +149,10 @@ def _swapped(target: Target, origin: Origin) -> torch.Tensor:
     return swapped.data
 
 
-@pytest.mark.parametrize("name", ["TP1", "TP2", "TP2xPP2"])
+@pytest.mark.parametrize("name", ["TP1", "TP2", "TP2xPP2", "TP2xCP2"])
 def test_the_gate_names_the_layer(name: str, models: Path) -> None:
-    cut = LAYOUTS[name]
-    for sentences in run_ranks(import_wrongly, cut[0] * cut[1], models, cut, 2):
+    cut = LAYOUTS.get(name, SHARED_SEQUENCES)
+    for sentences in run_ranks(import_wrongly, cut[0] * cut[1] * cut[4], models, cut, 2):
         assert len(sentences) == 3
         assert "layer 2 is the first to depart" in sentences[0]
         assert "the embedding is the first to depart" in sentences[1]
