@@ -1,9 +1,23 @@
 """What every rank of a multi-rank test imports; loaded once into the server from which ranks are forked."""
 
+import gc
 import warnings
 
 warnings.simplefilter("ignore")
 
+from megacpt.runtime.compiler import load_megatron_core  # noqa: E402
+
+load_megatron_core()
+
+# Test modules import the first two; an optimizer the others, when it is made.
+import hypothesis  # noqa: E402, F401
+import megatron.core.models.mimo.optimizer  # noqa: E402, F401
+import pytest  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
+
 import megacpt.train.build  # noqa: E402
 import megacpt.train.loop  # noqa: E402
 import megacpt.train.planning  # noqa: E402, F401
+
+# A rank that collected this as garbage would visit, and so copy, every page of it.
+gc.freeze()
