@@ -9,11 +9,13 @@ from megacpt.runtime.compiler import load_megatron_core  # noqa: E402
 
 load_megatron_core()
 
-# Test modules import the first two; an optimizer the others, when it is made.
+# What test modules import, then what a rank does late: an optimizer, a checkpoint, the gate of an import.
 import hypothesis  # noqa: E402, F401
+import megatron.core.dist_checkpointing.strategies.fully_parallel  # noqa: E402
 import megatron.core.models.mimo.optimizer  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import megacpt.train.build  # noqa: E402
 import megacpt.train.loop  # noqa: E402
