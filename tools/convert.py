@@ -18,6 +18,7 @@ import torch
 
 from megacpt.config.tree import Model
 from megacpt.model.hf.unfinished import Report
+from megacpt.runtime.compiler import load_megatron_core
 from megacpt.runtime.setup import (
     Layout,
     die_with_launcher,
@@ -92,7 +93,7 @@ def say(text: str, stream: str = "stdout") -> None:
 
 def import_(options: argparse.Namespace) -> None:
     """Import, gate, save."""
-
+    load_megatron_core()
     from megacpt.model.hf.reference import require_transformers
     from megacpt.train.exchange import Conversion, check_import_layout, import_model
     from megacpt.train.origin import open_hf
@@ -119,7 +120,7 @@ def import_(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Export."""
-
+    load_megatron_core()
     from megacpt.train.exchange import HFOutput, architecture_in, checkpoint_at, export_checkpoint
 
     checkpoint = checkpoint_at(options.checkpoint)

@@ -18,6 +18,7 @@ from pathlib import Path
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.eval.suites import GROUPS, SUITES, select
+from megacpt.runtime.compiler import load_megatron_core
 from megacpt.runtime.setup import (
     Layout,
     die_with_launcher,
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"no task to run; give --tasks a,b or --suite NAME ({', '.join(SUITES)})")
     if options.task_data is None:
         raise UserError("no folder of task data; give --task-data DIR, or set MEGACPT_TASK_DATA")
+    load_megatron_core()
     from megacpt.eval.results import error_row, line_of, read_items, rows_of, write_items
     from megacpt.eval.task_data import TaskData
     from megacpt.eval.tasks import check_tasks, evaluate_tasks

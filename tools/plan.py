@@ -37,10 +37,12 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     # Late: a wrong key should be told before torch is loaded.
     config = load_config(options.config, options.overrides)
     from megacpt.data.samples.blended import BlendedDataset
+    from megacpt.runtime.compiler import load_megatron_core
     from megacpt.runtime.engine import plans_for_gpu
     from megacpt.runtime.setup import quiet_third_parties
 
     quiet_third_parties()
+    load_megatron_core()
     from megacpt.train.planning import make_plan
 
     model = config.model

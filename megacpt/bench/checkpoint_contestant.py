@@ -9,17 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megacpt.bench.contestant import Stopwatch
 from megacpt.config.load import load_config
 from megacpt.files import write_json
+from megacpt.runtime.compiler import load_megatron_core
 from megacpt.runtime.setup import quiet_third_parties, setup, teardown
-from megacpt.train.build import build_job
-from megacpt.train.checkpoint import iteration_folder, load_all
-from megacpt.train.job import Job
-from megacpt.train.planning import make_plan
+
+if TYPE_CHECKING:
+    from megacpt.train.job import Job
 
 FORMAT = "megacpt checkpoint contestant 1"
 
@@ -45,12 +46,12 @@ def timed(work: Callable[[], object]) -> float:
     return watch.lap()
 
 
-def weights(job: Job) -> list[torch.Tensor]:
+def weights(job: "Job") -> list[torch.Tensor]:
     """A copy of this rank's parameters."""
     return [parameter.detach().clone() for chunk in job.chunks for parameter in chunk.parameters()]
 
 
-def torch_save(job: Job, path: Path) -> None:
+def torch_save(job: "Job", path: Path) -> None:
     """The same state in one file, synced as ours is."""
     with open(path, "wb") as handle:
         torch.save([[chunk.state_dict() for chunk in job.chunks], job.optimizer.state_dict()], handle)
@@ -62,6 +63,11 @@ def main() -> None:
     """One step, then both ways out and in."""
     config_path, result_path = map(Path, sys.argv[1:])
     quiet_third_parties()
+    load_megatron_core()
+    from megacpt.train.build import build_job
+    from megacpt.train.checkpoint import iteration_folder, load_all
+    from megacpt.train.planning import make_plan
+
     config = load_config(config_path, [])
     plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
     job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))

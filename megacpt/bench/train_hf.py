@@ -19,14 +19,15 @@ from megacpt.config.load import load_config
 from megacpt.config.tree import Config
 from megacpt.data.samples.batches import collate
 from megacpt.data.samples.blended import BlendedDataset
-from megacpt.model.hf.config_json import config_for
-from megacpt.model.hf.families import LLAMA
-from megacpt.train.planning import make_plan
+from megacpt.runtime.compiler import load_megatron_core
 
 
 def make_model(shape: Path, folder: Path, dtype: str) -> None:
     """Write a Llama of this shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megacpt.model.hf.config_json import config_for
+    from megacpt.model.hf.families import LLAMA
 
     torch.manual_seed(0)
     architecture = Architecture(**yaml.safe_load(shape.read_text(encoding="utf-8")))
@@ -38,6 +39,8 @@ def make_model(shape: Path, folder: Path, dtype: str) -> None:
 
 def samples_of(config: Config) -> list[dict[str, torch.Tensor]]:
     """The samples of all steps, in the trainer's order, as Trainer's collator takes them."""
+    from megacpt.train.planning import make_plan
+
     plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
     dataset = BlendedDataset(plan.mixture, plan.corpora, plan.architecture.vocab_size)
     dataset.prepare(0)
@@ -98,6 +101,7 @@ def train(config: Config, result: Result, compiled: bool) -> None:
 
 def main() -> None:
     """Train, or make the model."""
+    load_megatron_core()
     if sys.argv[1] == "--make":
         make_model(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
         return

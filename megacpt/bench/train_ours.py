@@ -12,9 +12,8 @@ from megacpt.bench.contestant import Result, Stopwatch
 from megacpt.config.architecture import Architecture
 from megacpt.config.load import load_config
 from megacpt.config.tree import Model
+from megacpt.runtime.compiler import load_megatron_core
 from megacpt.runtime.setup import quiet_third_parties, setup, teardown
-from megacpt.train.build import build_job
-from megacpt.train.planning import make_plan
 
 
 def use_stock_specs() -> None:
@@ -44,6 +43,10 @@ def main() -> None:
     """Train the plan's steps."""
     config_path, result_path, *flags = sys.argv[1:]
     quiet_third_parties()
+    load_megatron_core()
+    from megacpt.train.build import build_job
+    from megacpt.train.planning import make_plan
+
     if "--stock" in flags:
         use_stock_specs()
     config = load_config(config_path, [flag for flag in flags if flag != "--stock"])

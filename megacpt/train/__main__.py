@@ -10,6 +10,7 @@ import torch
 from megacpt.config.load import load_config
 from megacpt.config.tree import Config
 from megacpt.errors import UserError
+from megacpt.runtime.compiler import load_megatron_core
 from megacpt.runtime.engine import check_available, plans_for_gpu
 from megacpt.runtime.gpu import set_gpu_environment
 from megacpt.runtime.setup import (
@@ -69,6 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
             config.model.tensor_model_parallel_size, config.model.context_parallel_size, cuda_graphs=graphs
         )
     # Imported late: --help and a wrong key should answer before megatron-core is loaded.
+    load_megatron_core()
     from megacpt.train.planning import make_plan
 
     world_size = parsed.world_size or world_size_from_environment()

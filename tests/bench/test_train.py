@@ -1,6 +1,8 @@
 """The contestants themselves, in processes of their own, on a model of two layers."""
 
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -10,7 +12,7 @@ from megacpt.bench import checkpoint, train
 from megacpt.bench.contestant import Result, read_result
 from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
-from megacpt.bench.train_case import GPU_CASES, TrainCase, write_case
+from megacpt.bench.train_case import GPU_CASES, TrainCase
 from megacpt.bench.train_ours import use_stock_specs
 from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Model
@@ -26,49 +28,90 @@ CONTESTANTS = {OURS, "megatron-core's specs", "Hugging Face Trainer"}
 ON_A_GPU = train.GPU_CONTESTANTS
 
 
-def test_keys_of_the_contestants_on_a_gpu_are_keys(tmp_path):
-    """Those that a CPU has as well train here, and the same."""
-    from megacpt.config.load import load_config
+@dataclass(frozen=True)
+class Race:
+    """What the real contestants did, each in a process of its own: rows, and results by their command."""
 
-    path = write_case(CASES["small"], tmp_path, "fp32", 4)
-    ours = [flags for module, *flags in ON_A_GPU.values() if module == train.TRAINER]
-    assert len(ours) == 4
-    for flags in ours:
-        load_config(str(path), flags)
-    flags = [flag for more in ours for flag in more if "fp8" not in flag]
-    losses = []
-    for words in ([], flags):
-        run_module(train.TRAINER, path, tmp_path / "result.json", *words)
-        losses.append(read_result(tmp_path / "result.json").losses)
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    recorder: Recorder
+    folder: Path
+    results: Mapping[tuple[str, ...], Result]
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "small" / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    """Run once: a contestant needs ten seconds only to start."""
+    folder, recorder, results, turn = (
+        tmp_path_factory.mktemp("race"),
+        Recorder("here", [], "now", "abc"),
+        {},
+        train._turn,
+    )
+
+    def noted(contestant, *words):
+        results[contestant] = turn(contestant, *words)
+        return results[contestant]
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        patch.setattr(train, "_turn", noted)
+        train.measure(recorder, ["small"], train.Run(steps=5, rounds=1, dtype="fp32"), folder)
+    return Race(recorder, folder, results)
+
+
+@pytest.fixture(scope="module")
+def ceilings():
+    return train.measure_ceilings(torch.device("cpu"), torch.float32)
+
+
+def make_small(patch):
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setattr(train, "CPU_CASES", CASES)
+    patch.setattr(train, "GPU_CASES", CASES)
+    patch.setattr(train, "GPU_CONTESTANTS", {})
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(train, "CPU_CASES", CASES)
-    monkeypatch.setattr(train, "GPU_CASES", CASES)
-    monkeypatch.setattr(train, "GPU_CONTESTANTS", {})
+def small(monkeypatch, ceilings):
+    make_small(monkeypatch)
+    monkeypatch.setattr(train, "measure_ceilings", lambda *_: ceilings)
 
 
 def values(recorder, unit):
     return {row.tool: row.value for row in recorder.rows if row.unit == unit}
 
 
-def test_all_train_the_same_and_each_has_its_speed(tmp_path):
-    recorder = Recorder("here", [], "now", "abc")
-    train.measure(recorder, ["small"], train.Run(steps=5, rounds=1, dtype="fp32"), tmp_path)
-    rates = values(recorder, "tokens/s")
+def test_keys_of_the_contestants_on_a_gpu_are_keys(race, tmp_path):
+    """Those that a CPU has as well train here, and the same."""
+    from megacpt.config.load import load_config
+
+    ours = [flags for module, *flags in ON_A_GPU.values() if module == train.TRAINER]
+    assert len(ours) == 4
+    for flags in ours:
+        load_config(str(race.config), flags)
+    flags = [flag for more in ours for flag in more if "fp8" not in flag]
+    run_module(train.TRAINER, race.config, tmp_path / "result.json", *flags, f"save.dir={tmp_path / 'run'}")
+    found = read_result(tmp_path / "result.json").losses
+    assert found == pytest.approx(race.results[train.CONTESTANTS[OURS]].losses, rel=1e-5)
+
+
+def test_all_train_the_same_and_each_has_its_speed(race):
+    rates = values(race.recorder, "tokens/s")
     assert rates.keys() == CONTESTANTS
-    assert all(rate > 0 for rate in rates.values()), recorder.rows
-    assert values(recorder, "GiB peak").keys() == CONTESTANTS
+    assert all(rate > 0 for rate in rates.values()), race.recorder.rows
+    assert values(race.recorder, "GiB peak").keys() == CONTESTANTS
 
 
-def test_who_trains_something_else_has_no_speed(tmp_path, monkeypatch):
+def test_who_trains_something_else_has_no_speed(race, tmp_path, monkeypatch):
+    """Their real losses, judged more strictly."""
+    monkeypatch.setattr(train, "write_case", lambda *_: race.config)
+    monkeypatch.setattr(train, "_turn", lambda contestant, *_: race.results[contestant])
     monkeypatch.setitem(train.TOLERANCE, "fp32", 0.0)
     recorder = Recorder("here", [], "now", "abc")
-    train.measure(recorder, ["small"], train.Run(steps=4, rounds=1, dtype="fp32"), tmp_path)
+    train.measure(recorder, ["small"], train.Run(steps=5, rounds=1, dtype="fp32"), tmp_path)
     rates = values(recorder, "tokens/s")
     assert rates[OURS] > 0
     assert rates["Hugging Face Trainer"] == 0

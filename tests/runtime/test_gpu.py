@@ -25,7 +25,8 @@ def test_it_is_set_before_anything_asks_for_gpus() -> None:
     script = """
 import os, sys, torch
 seen = []
-torch.cuda.is_available = lambda: bool(seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+ask = lambda: bool(seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+torch.cuda.is_available = torch.cuda.device_count = ask
 import megacpt.train.__main__ as entry
 from megacpt.config.load import config_from
 config = {"model": {"preset": "tiny", "tensor_model_parallel_size": 2}, "data": {"seq_length": 8},

@@ -47,7 +47,7 @@ def tree(folder: Path, run: str, *changes: Tree) -> Tree:
                 "general": {"path": str(folder / "general"), "weight": 0.25},
             },
         },
-        "train": {"micro_batch_size": 2, "global_batch_size": 8, "seed": 1234},
+        "train": {"micro_batch_size": 4, "global_batch_size": 8, "seed": 1234},
         "optimizer": {"lr": 3e-3, "min_lr": 3e-4},
         "schedule": {"lr_decay_style": "cosine", "lr_warmup_fraction": 0.1},
         "eval": {
