@@ -43,12 +43,13 @@ def main() -> None:
     """Train the plan's steps."""
     config_path, result_path, *flags = sys.argv[1:]
     quiet_third_parties()
-    load_megatron_core()
+    if "--stock" in flags:
+        use_stock_specs()  # and its functions compiled, as it has them
+    else:
+        load_megatron_core()
     from megacpt.train.build import build_job
     from megacpt.train.planning import make_plan
 
-    if "--stock" in flags:
-        use_stock_specs()
     config = load_config(config_path, [flag for flag in flags if flag != "--stock"])
     plan = make_plan(config, 1, on_gpu=torch.cuda.is_available())
     job = build_job(plan, setup(plan.layout, config.train.seed, config.runtime.threads))
