@@ -136,7 +136,7 @@ def import_wrongly(folder: Path) -> dict[str, str]:
         except UserError as error:
             said[name] = str(error)
 
-    chunks = build(origin, (2, 1, None, True))
+    chunks = build(origin, (2, 1, None, True, 1))
     layers = chunks[0].decoder.layers
     fill_weights(chunks, source)
     gate("right")
@@ -151,7 +151,7 @@ def import_wrongly(folder: Path) -> dict[str, str]:
         gate(f"no {key} in layer {layer}")
         target.data.copy_(kept)
     changed = replace(origin, architecture=replace(origin.architecture, use_parallel_residual=False))
-    chunks = build(changed, (2, 1, None, True))
+    chunks = build(changed, (2, 1, None, True, 1))
     fill_weights(chunks, source)
     gate("residuals in sequence in layer 0")
     return said
