@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 
 from megacpt.eval.agreement import first_failure
 from megacpt.eval.packing import Row
-from megacpt.model.context import own_positions
+from megacpt.model.context import chunk_count, context_place, own_positions
 from megacpt.model.gpt import LanguageModel, unwrap
 
 POSITIONS_AT_ONCE = 512
@@ -121,8 +121,7 @@ def _forward_all(
     with _evaluating(chunks):
         for call in plan_calls([len(row) for row in rows], batch_tokens, stages, replicas):
             longest = max(len(rows[number]) for replica in call for batch in replica for number in batch)
-            context = parallel_state.get_context_parallel_world_size()
-            unit = parallel_state.get_tensor_model_parallel_world_size() * (2 * context if context > 1 else 1)
+            unit = parallel_state.get_tensor_model_parallel_world_size() * chunk_count(context_place()[0])
             unit *= FP8_ROWS if unwrap(chunks[0]).config.fp8 else 1
             shape = (max(len(batch) for replica in call for batch in replica), -(-longest // unit) * unit)
             mine = call[parallel_state.get_data_parallel_rank()]
@@ -177,10 +176,10 @@ def _batch(
 
 def _context_part(batch: _Batch) -> _Batch:
     """What this context-parallel rank has of a micro-batch: its chunks of every row, and the queries that lie there."""
-    size = parallel_state.get_context_parallel_world_size()
+    size, rank = context_place()
     if size == 1:
         return batch
-    rank, (lines, length) = parallel_state.get_context_parallel_rank(), batch.tokens.shape
+    lines, length = batch.tokens.shape
     everywhere = torch.arange(lines * length).view(lines, length)
     own = own_positions(everywhere, size, rank, dim=1).flatten()
     local = torch.full((lines * length,), -1).index_copy(0, own, torch.arange(len(own)))[batch.places]

@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.nn.attention.bias import causal_lower_right
+
+
+def context_place() -> tuple[int, int]:
+    """Size of this process's context-parallel group, and its rank there; 1 and 0 without one."""
+    size = parallel_state.get_context_parallel_world_size()
+    return (size, parallel_state.get_context_parallel_rank()) if size > 1 else (1, 0)
+
+
+def chunk_count(size: int) -> int:
+    """Chunks that a sequence is cut into, of which its length is a multiple."""
+    return 2 * size if size > 1 else 1
 
 
 def chunks_of(size: int, rank: int) -> tuple[int, int]:

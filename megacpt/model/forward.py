@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megacpt.model.context import own_positions
+from megacpt.model.context import context_place, own_positions
 from megacpt.model.gpt import unwrap
 from megacpt_kernels.token_losses import SourceSums
 
@@ -91,8 +91,7 @@ def stage_inputs(batch: Batch, device: torch.device, *, engine: bool) -> tuple[B
     one row [1, b x s] with the documents' boundaries, and no mask. What this stage does not need is None.
     """
     packed = packed_documents(batch["document_ids"]) if engine and "document_ids" in batch else None
-    size = parallel_state.get_context_parallel_world_size()
-    rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+    size, rank = context_place()
     everything = batch.get("document_ids")
     batch = context_part(batch, size, rank)
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

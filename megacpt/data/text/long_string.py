@@ -56,8 +56,6 @@ def loads(line: bytes) -> Any:
     """
     import orjson
 
-    if len(line) < LONG:
-        return orjson.loads(line)
     found: dict[str, LongString] = {}
     parts: list[bytes] = []
     unused, done = secrets.token_hex(16), 0

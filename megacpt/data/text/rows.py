@@ -59,12 +59,14 @@ def parse_block(
 def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = None) -> list[list[str | LongString]]:
     """The texts of `parse_block`, key by key: [keys][rows]; faster, by a short way for the usual row, and with very
     long ones where they lie."""
+    import orjson
+
     columns: list[list[str | LongString]] = [[] for _ in keys]
     for index, row in enumerate(_raw_rows(block)):
         texts: Sequence[str | LongString] | None = None
         if isinstance(row, bytes):
             try:
-                values = long_string.loads(row)
+                values = orjson.loads(row) if len(row) < long_string.LONG else long_string.loads(row)
                 texts = [values[key] for key in keys]
             except (ValueError, LookupError, TypeError):
                 texts = None

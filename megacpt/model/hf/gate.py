@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megacpt.config.architecture import Architecture
 from megacpt.errors import UserError
-from megacpt.model.context import own_positions
+from megacpt.model.context import chunk_count, context_place, own_positions
 from megacpt.model.gpt import LanguageModel
 from megacpt.model.hf.config_json import architecture_from, config_for
 from megacpt.model.hf.reference import Activations, reference_activations
@@ -69,7 +69,7 @@ def check_import(
     first = next(chunks[0].parameters())
     config, dtype = chunks[0].config, first.dtype
     # What sequence and context parallelism divide.
-    unit = config.tensor_model_parallel_size * 2 * config.context_parallel_size
+    unit = config.tensor_model_parallel_size * chunk_count(config.context_parallel_size)
     tokens = tokens[:, : tokens.shape[1] // unit * unit]
     reference = _shared_reference(source, architecture, tokens.to(first.device), dtype)
     tolerance = TOLERANCES[dtype]
@@ -208,8 +208,7 @@ class _Comparison:
 
 def _own(sequence: torch.Tensor) -> torch.Tensor:
     """Of [s, ...] the positions of this context-parallel rank."""
-    size = parallel_state.get_context_parallel_world_size()
-    return own_positions(sequence, size, parallel_state.get_context_parallel_rank() if size > 1 else 0)
+    return own_positions(sequence, *context_place())
 
 
 def _forward(iterator: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[Any, Any]:
