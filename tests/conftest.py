@@ -12,6 +12,8 @@ import pytest
 os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # images may set it; torch reads it when it is imported
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("MEGACPT_SHARED") or REPOSITORY.parent / "shared")
+"""Real corpora and tokenizers, beside the checkout or where MEGACPT_SHARED says."""
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -20,10 +22,9 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real corpora beside the checkout, or where MEGACPT_SHARED says; skips the test without it."""
-    folder = Path(os.environ.get("MEGACPT_SHARED") or REPOSITORY.parent / "shared")
-    if not (folder / "data").is_dir():
-        pytest.skip(f"no real text at {folder}; set MEGACPT_SHARED to the folder that holds data/")
-    return folder
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no real text at {SHARED}; set MEGACPT_SHARED to the folder that holds data/")
+    return SHARED
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
 import io
 import itertools
 import json
-import os
 import random
 import sys
 import tracemalloc
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import orjson
@@ -25,10 +23,10 @@ from megacpt.data.tokens.fast_tokenizer import Characters, FastTokenizer, chosen
 from megacpt.data.tokens.long_texts import encode_texts
 from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
+from tests.conftest import SHARED
 
 pytest.importorskip("gigatoken", reason="the fast engine, gigatoken, is not installed")
 
-SHARED = Path(os.environ.get("MEGACPT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 SPECIALS = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"

@@ -25,8 +25,8 @@ from megacpt.data.tokens.preprocess import Job, preprocess
 from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from megacpt.files import sha256_of
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MEGACPT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 TEXTS = ["the first text", "", "é \U0001f600\n\n", " ", "a longer text of some words, " * 40, "the end"] * 5
 
 

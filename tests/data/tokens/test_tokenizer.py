@@ -1,9 +1,7 @@
 import gzip
 import io
 import json
-import os
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,8 @@ from tokenizers import Tokenizer as Library
 
 from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
+from tests.conftest import SHARED
 
-SHARED = Path(os.environ.get("MEGACPT_SHARED", Path(__file__).resolve().parents[2] / ".." / "shared"))
 SPECIALS = ["<unk>", "<s>", "</s>"]
 CORPUS = [f"the patient number {i} was given {i * 7} mg of </ s > drug, and then <s some more" for i in range(400)]
 LITERAL = "a </s> b<s></s>c <unk></s>"
