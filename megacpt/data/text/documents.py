@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megacpt.data.text.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
+from megacpt.data.text.long_string import LongString
 from megacpt.data.text.parquet import row_blocks
 from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
@@ -61,7 +62,8 @@ class Block:
         """Bytes of decompressed JSON, or characters of text."""
         if self.columns is None:
             return len(self.lines) + self.unread
-        return sum(len(value) for column in self.columns.values() for value in column if isinstance(value, str))
+        values = (value for column in self.columns.values() for value in column)
+        return sum(len(value) for value in values if isinstance(value, str | LongString))
 
     def loaded(self) -> "Block":
         """With its lines, in whichever process asks.

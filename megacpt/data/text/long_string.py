@@ -1,4 +1,4 @@
-"""Very long strings of a JSON line, left as they lie there and decoded a piece at a time.
+"""Very long strings of a JSON line or of Parquet, left as they lie there and decoded a piece at a time.
 
 Python keeps a string with as many bytes for each character as the widest of them takes, one to four: a document of 200
 MB with a single emoji would be 800 MB.
@@ -6,12 +6,13 @@ MB with a single emoji would be 800 MB.
 
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 LONG = 1 << 24
-"""Bytes in a line from which a string is left in it."""
+"""Bytes from which a string is left where it lies."""
 PIECE = 1 << 21
 """Bytes that are decoded at once, about."""
 # Places that are never within an escape sequence, nor between the halves of a surrogate pair: before a space, a letter
@@ -20,18 +21,14 @@ CUT = re.compile(rb"[ \xc2-\xf4]|(?<!\\)\\(?!u[dD][c-fC-F])|(?<=[0-9A-Za-z]{12})
 
 
 @dataclass(frozen=True)
-class LongString:
-    """What stands between the quotation marks of a JSON string, and is valid.
+class LongString(ABC):
+    """Text that is valid Unicode and is no str yet.
 
     Attributes:
-        line: JSON, of which the string is bytes `start` to `stop`.
         length: its characters, which is also its `len`.
         text_bytes: its size in UTF-8.
     """
 
-    line: bytes
-    start: int
-    stop: int
     length: int
     text_bytes: int
 
@@ -41,13 +38,57 @@ class LongString:
     def __str__(self) -> str:
         return "".join(self.pieces())
 
+    @abstractmethod
     def pieces(self) -> Iterator[str]:
         """The string, in pieces of about PIECE bytes."""
+
+
+@dataclass(frozen=True)
+class JsonString(LongString):
+    """What stands between the quotation marks of a JSON string: bytes `start` to `stop` of a line."""
+
+    line: bytes
+    start: int
+    stop: int
+
+    def pieces(self) -> Iterator[str]:
         return _pieces(self.line, self.start, self.stop)
 
 
+@dataclass(frozen=True)
+class Utf8String(LongString):
+    """UTF-8 in a buffer."""
+
+    buffer: Any
+
+    def pieces(self) -> Iterator[str]:
+        return _utf8_pieces(memoryview(self.buffer))
+
+
+def in_utf8(buffer: Any) -> Utf8String:
+    """The text of a buffer.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    data = memoryview(buffer)
+    return Utf8String(sum(map(len, _utf8_pieces(data))), data.nbytes, buffer)
+
+
+def _utf8_pieces(data: memoryview) -> Iterator[str]:
+    start = 0
+    while start < len(data):
+        end = min(len(data), start + PIECE)
+        while start < end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        # Of what begins with nothing but bytes that go on, decoding is left to complain.
+        end = end if end > start else len(data)
+        yield str(data[start:end], "utf-8")
+        start = end
+
+
 def loads(line: bytes) -> Any:
-    """The JSON value of a line, as orjson has it but for strings of LONG bytes or more: these are `LongString`.
+    """The JSON value of a line, as orjson has it but for strings of LONG bytes or more: these are `JsonString`.
 
     Only values directly in the outermost object become one; in what is nested there another string stands for it.
 
@@ -56,7 +97,7 @@ def loads(line: bytes) -> Any:
     """
     import orjson
 
-    found: dict[str, LongString] = {}
+    found: dict[str, JsonString] = {}
     parts: list[bytes] = []
     unused, done = secrets.token_hex(16), 0
     for start, stop in _strings(line):
@@ -91,12 +132,12 @@ def _escaped(line: bytes, at: int) -> bool:
     return (at - before) % 2 == 1
 
 
-def _checked(line: bytes, start: int, stop: int) -> LongString:
+def _checked(line: bytes, start: int, stop: int) -> JsonString:
     length = text_bytes = 0
     for piece in _pieces(line, start, stop):
         length += len(piece)
         text_bytes += len(piece) if piece.isascii() else len(piece.encode("utf-8"))
-    return LongString(line, start, stop, length, text_bytes)
+    return JsonString(length, text_bytes, line, start, stop)
 
 
 def _pieces(line: bytes, start: int, stop: int) -> Iterator[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from megacpt.data.text import long_string
+
 ROWS = 512
 """Rows that are decoded at once at most."""
 BATCH = 8
@@ -57,22 +59,40 @@ def _rows_at_once(metadata: Any, groups: Sequence[int], keys: Sequence[str], mos
 
 def _rows_within(batch: Any, most: int) -> int:
     """How many rows from the first on it takes to reach `most` bytes of text; all, if they do not."""
-    import pyarrow
-    import pyarrow.compute
-
-    sizes = np.zeros(batch.num_rows, dtype=np.int64)
-    for column in batch.columns:
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            sizes += pyarrow.compute.fill_null(pyarrow.compute.binary_length(column), 0).to_numpy(zero_copy_only=False)
+    sizes = sum(map(_text_bytes, batch.columns), np.zeros(batch.num_rows, dtype=np.int64))
     return min(batch.num_rows, int(np.cumsum(sizes).searchsorted(most)) + 1)
 
 
 def _values(column: Any) -> list[Any]:
-    """A Parquet column's values; bytes of a string column that are not UTF-8 come out as lone surrogates."""
+    """A Parquet column's values; bytes of a string column that are not UTF-8 come out as lone surrogates, and very long
+    strings as `LongString`."""
     try:
-        return column.to_pylist()
+        if _text_bytes(column).max(initial=0) < long_string.LONG:
+            return column.to_pylist()
+        return [_value(column, index) for index in range(len(column))]
     except UnicodeDecodeError:
         import pyarrow
 
         binary = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in binary.to_pylist()]
+
+
+def _value(column: Any, index: int) -> Any:
+    """A string or None of a string column, without a copy if it is very long."""
+    _, offsets, data = column.buffers()
+    width = np.int64 if str(column.type).startswith("large") else np.int32
+    start, stop = np.frombuffer(offsets, width)[column.offset + index :][:2].tolist()
+    if stop - start < long_string.LONG:
+        return column[index].as_py()
+    return long_string.in_utf8(data.slice(start, stop - start))
+
+
+def _text_bytes(column: Any) -> np.ndarray:
+    """Bytes of each value's text, int64 [rows]; 0 for all of a column that holds none as it is."""
+    import pyarrow
+    import pyarrow.compute
+
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        return np.zeros(len(column), dtype=np.int64)
+    sizes = pyarrow.compute.fill_null(pyarrow.compute.binary_length(column), 0)
+    return sizes.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)

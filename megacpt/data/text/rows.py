@@ -53,7 +53,7 @@ def parse_block(
     for index, row in enumerate(_raw_rows(block)):
         texts = _row(block, index, row, keys, skipped)
         if texts is not None:
-            yield f"{block.file}:{block.first + index}", texts
+            yield f"{block.file}:{block.first + index}", list(map(str, texts))
 
 
 def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = None) -> list[list[str | LongString]]:
@@ -70,7 +70,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
                 texts = [values[key] for key in keys]
             except (ValueError, LookupError, TypeError):
                 texts = None
-        if texts is None or not set(map(type, texts)) <= {str, LongString}:
+        if texts is None or not all(isinstance(text, str | LongString) for text in texts):
             texts = _row(block, index, row, keys, skipped)
         if texts is not None:
             for column, text in zip(columns, texts, strict=True):
@@ -80,7 +80,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
 
 def _row(
     block: Block, index: int, row: bytes | dict[str, Any], keys: Sequence[str], skipped: Counter[str] | None
-) -> list[str] | None:
+) -> list[str | LongString] | None:
     """A row's texts, or None where it holds none."""
     if isinstance(row, bytes) and not row.strip():
         return None
@@ -102,17 +102,17 @@ def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:
         yield {key: column[index] for key, column in block.columns.items()}
 
 
-def _texts(row: bytes | dict[str, Any], keys: Sequence[str]) -> list[str]:
+def _texts(row: bytes | dict[str, Any], keys: Sequence[str]) -> list[str | LongString]:
     values, valid = (row, False) if isinstance(row, dict) else _parse_line(row)
-    texts = []
+    texts: list[str | LongString] = []
     for key in keys:
         if key not in values:
             known = ", ".join(sorted(map(str, values))[:8]) or "no key at all"
             raise BadRow("missing_key", f"has no key {key!r} (it has {known})")
         value = values[key]
-        if not isinstance(value, str):
+        if not isinstance(value, str | LongString):
             raise BadRow("not_a_string", f"the value of {key!r} is not a string but {type(value).__name__}")
-        if not valid:
+        if not valid and isinstance(value, str):
             _check_unicode(key, value)
         texts.append(value)
     return texts

@@ -1,13 +1,15 @@
 """Long texts encoded a piece at a time, to the ids of the whole, so that memory does not grow with a document.
 
-A tokenizer needs several times the memory of what it encodes at once. A long text is cut between two words of plain
-letters, or where a line or, in Chinese and Japanese, a clause ends, where next to no tokenizer has a token across;
-whether this one has is checked at each cut, on what lies around it. Text without such a place is encoded whole.
+A tokenizer needs many times the memory of what it encodes at once. A piece ends between two of its own tokens, a little
+before the end of what was read, and the next piece begins there, amid a word if need be. That the next piece goes on as
+the one before would have, had it been longer, is seen where both hold the same text: ids have to be the same there.
+Pairs of bytes merge by their rank alone, so that two encodings which agree on a token and the next agree from there on.
+Text in which no such place is found is encoded whole.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, product
 
 import numpy as np
 
@@ -16,11 +18,34 @@ from megacpt.data.tokens.tokenizer import Encoded, Tokenizer, sizes_of
 
 LONG = 1 << 21
 """Characters from which a text is encoded in pieces, and of a piece, about."""
-CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])|(?<=[^\W_])(?=[\n。，、！？；：])")
-AROUND = 1 << 11
-"""Characters on each side of a cut that are encoded both ways."""
-TRIES = 64
-"""Places that are tried in one piece of a text before it is encoded together with the next one."""
+SHARED = 1 << 11
+"""Characters at the end of a piece that the next one encodes again."""
+TRIES = 256
+"""Places that are tried as the end of a piece; a token of white space may have a hundred characters and more."""
+MARKS = ("", "\x01")
+"""What stands before a piece, for it to be encoded as what goes on: a tokenizer may put a space before a text."""
+NONE = np.empty(0, np.int32)
+
+
+@dataclass
+class Piece:
+    """Text that begins at a border of tokens.
+
+    Attributes:
+        mark: one of MARKS.
+        expected: ids int32 [some] that it begins with unless the border is none.
+        enough: characters that it needs to be worth cutting.
+    """
+
+    text: str = ""
+    mark: str = ""
+    expected: np.ndarray = field(default_factory=lambda: NONE)
+    enough: int = 0
+
+    def ids(self, tokenizer: Tokenizer) -> np.ndarray | None:
+        """Its ids int32 [tokens]; None where it does not begin as expected."""
+        ids = _after(tokenizer, self.mark, self.text)
+        return ids if ids is not None and _begins_with(ids, self.expected) else None
 
 
 def encode_texts(
@@ -70,8 +95,7 @@ def _encoded(tokenizer: Tokenizer, text: str | LongString) -> Iterator[np.ndarra
         return
     before, after = frame
     yield before
-    for piece in _pieces(tokenizer, _chunks(text)):
-        yield tokenizer.encode(piece)
+    yield from _in_pieces(tokenizer, _chunks(text))
     yield after
 
 
@@ -89,28 +113,51 @@ def _chunks(text: str | LongString) -> Iterable[str]:
     return text.pieces() if isinstance(text, LongString) else (text[i : i + LONG] for i in range(0, len(text), LONG))
 
 
-def _pieces(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[str]:
-    """Pieces whose ids, end to end, are those of the chunks put together."""
-    held: list[str] = []
-    for chunk in chunks:
-        spaces = (match.start() for match in islice(CUT.finditer(chunk, len(chunk) // 2, len(chunk) - AROUND), TRIES))
-        found = next(filter(None, (_cut(tokenizer, chunk, space) for space in spaces)), None)
-        if found is None:
-            held.append(chunk)
+def _in_pieces(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+    """Ids, int32 [some] at a time, of the chunks put together."""
+    piece, before = Piece(), None
+    head, shared = NONE, 0
+    for chunk in chain(chunks, [None]):
+        piece.text += chunk or ""
+        if chunk is not None and len(piece.text) < piece.enough:
             continue
-        end, following = found
-        yield "".join([*held, chunk[:end]])
-        held = [chunk[following:]]
-    yield "".join(held)
+        ids = piece.ids(tokenizer)
+        if ids is None:
+            # More than what was shared decides on the ids around the border, so it is none.
+            assert before is not None, "only a piece after another one expects ids"
+            piece, head = Piece(before.text + piece.text[shared:], before.mark), NONE
+            ids = piece.ids(tokenizer)
+            assert ids is not None, "a piece that began after its mark still does when it is longer"
+        yield head
+        before, head = None, NONE
+        if chunk is None:
+            yield ids
+        elif (following := _cut(tokenizer, piece.text, ids)) is None:
+            piece.enough = 2 * len(piece.text)
+        else:
+            before, (head, piece) = piece, following
+            shared = len(piece.text)
 
 
-def _cut(tokenizer: Tokenizer, text: str, place: int) -> tuple[int, int] | None:
-    """Where the piece before a place ends and the next one begins: there, or after a space where the tokenizer itself
-    puts one before a text. None where the two do not have the ids of the whole."""
-    first, last = max(0, place - AROUND), place + AROUND
-    whole = tokenizer.encode(text[first:last])
-    left = tokenizer.encode(text[first:place])
-    for following in (place, place + 1):
-        if np.array_equal(whole, np.concatenate([left, tokenizer.encode(text[following:last])])):
-            return place, following
+def _cut(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> tuple[np.ndarray, Piece] | None:
+    """Near the end of a text, a border of its ids from which on they are the ids of the rest: those before, and the
+    rest."""
+    first = max(1, len(text) - SHARED)
+    for place, mark in product(range(first, min(len(text), first + TRIES)), MARKS):
+        rest = _after(tokenizer, mark, text[place:])
+        if rest is not None and len(rest) > 1 and _begins_with(ids[::-1], rest[::-1]):
+            # What comes after the text decides on the last of them.
+            return ids[: -len(rest)], Piece(text[place:], mark, rest[: len(rest) // 2])
     return None
+
+
+def _after(tokenizer: Tokenizer, mark: str, text: str) -> np.ndarray | None:
+    """Ids int32 [tokens] of a text after a mark; None where the mark's own are others there."""
+    if not mark:
+        return tokenizer.encode(text)
+    ids, own = tokenizer.encode(mark + text), tokenizer.encode(mark)
+    return ids[len(own) :] if _begins_with(ids, own) else None
+
+
+def _begins_with(ids: np.ndarray, first: np.ndarray) -> bool:
+    return np.array_equal(ids[: len(first)], first)

@@ -1,5 +1,6 @@
 import gzip
 import json
+import pickle
 from collections import Counter
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from megacpt.data.text import documents, long_string
 from megacpt.data.text.documents import Block, Source, find_inputs
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.text.rows import parse_block, texts_of
 from megacpt.errors import UserError
@@ -176,24 +178,35 @@ def compare_ways(lines, keys):
 
 
 @pytest.mark.parametrize("typed", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_long_rows_of_parquet_are_not_held_together(tmp_path, monkeypatch, typed):
+@pytest.mark.parametrize("long", [501, long_string.LONG])
+def test_long_rows_of_parquet_are_not_held_together(tmp_path, monkeypatch, typed, long):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(long_string, "LONG", long)
+    monkeypatch.setattr(long_string, "PIECE", 100)
     texts = [f"{number} " + "é" * size for number, size in enumerate([1] * 900 + [3000] * 9 + [400] * 30 + [1] * 9)]
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array(texts, pa.string()).cast(typed), "n": range(len(texts))}), path)
     blocks = list(Source(path).blocks(["text", "n"]))
-    assert [text for block in blocks for text in block.columns["text"]] == texts
+    found = [text for block in blocks for text in block.columns["text"]]
+    assert list(map(str, found)) == texts
+    for text in (text for text in found if isinstance(text, LongString)):
+        assert (len(text), text.text_bytes) == (len(str(text)), len(str(text).encode()))
+        assert text.text_bytes >= long
+        assert str(pickle.loads(pickle.dumps(text))) == str(text)
+    assert any(isinstance(text, LongString) for text in found) == (long < 1000 and not pa.types.is_dictionary(typed))
     assert [n for block in blocks for n in block.columns["n"]] == list(range(len(texts)))
     assert sum(block.consumed for block in blocks) <= path.stat().st_size
     if typed != pa.dictionary(pa.int32(), pa.string()):
-        assert all(len("".join(block.columns["text"][:-1]).encode()) < 1000 for block in blocks)
+        assert all(len("".join(map(str, block.columns["text"][:-1])).encode()) < 1000 for block in blocks)
         assert len(blocks) < 60
     for block in blocks:
-        rest = [text for after in Source(path).blocks(["text"], block.end) for text in after.columns["text"]]
+        rest = [str(text) for after in Source(path).blocks(["text"], block.end) for text in after.columns["text"]]
         assert rest == texts[block.end :]
 
 
-def test_bad_rows_of_parquet(tmp_path):
+@pytest.mark.parametrize("long", [2, long_string.LONG])
+def test_bad_rows_of_parquet(tmp_path, monkeypatch, long):
+    monkeypatch.setattr(long_string, "LONG", long)
     path = tmp_path / "a.parquet"
     raw = pa.array([b"good", b"\xff", None, b"last"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
