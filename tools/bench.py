@@ -39,11 +39,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--tune", action="store_true", help="first measure the launches that kernels/configs/DEVICE.json has not yet"
     )
     steps = commands.add_parser("train", help="training steps")
+    _case_options(steps)
     _step_options(steps)
     checkpoints = commands.add_parser("checkpoint", help="checkpoints written and read")
-    _step_options(checkpoints)
+    _case_options(checkpoints)
     everything = commands.add_parser("all", help="kernels (on a GPU), checkpoint, data (with --input) and train")
     _data_options(everything, required=False)
+    _case_options(everything)
     _step_options(everything)
     for command in (kernels, steps, checkpoints, everything):
         usual = 9.0 if command is everything else float("inf")
@@ -70,10 +72,14 @@ def _data_options(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--cores", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="most cores to use")
 
 
-def _step_options(parser: argparse.ArgumentParser) -> None:
+def _case_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="models by name (default: this device's; see bench/train_case.py)")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+
+
+def _step_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--steps", type=int, default=10, metavar="N", help="of each contestant in a round, the first three not timed")
     add("--rounds", type=int, metavar="N", help="how often each contestant has its turn (default: 1 on a GPU, else 3)")
 
