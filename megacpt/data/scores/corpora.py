@@ -9,7 +9,8 @@ import numpy as np
 
 from megacpt.data.scores.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, Task, decoded
 from megacpt.data.text.documents import Source, find_inputs
-from megacpt.data.text.filtering import kept_rows
+from megacpt.data.text.filtering import kept_columns
+from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.data.tokens.manifest import read_manifest
@@ -46,7 +47,7 @@ class Corpus(Protocol):
         """`inputs`, `json_keys`, `filters` and `dataset` of the manifest, once all tasks were taken."""
         ...
 
-    def sample(self, most_bytes: int) -> Iterator[str]:
+    def sample(self, most_bytes: int) -> Iterator[str | LongString]:
         """Texts of pieces that are evenly spaced, about `most_bytes` of them."""
         ...
 
@@ -81,13 +82,13 @@ class TextFiles:
         inputs = [asdict(source.record()) for source in self._sources]
         return {"inputs": inputs, "json_keys": list(self._keys), "filters": asdict(self.filters), "dataset": None}
 
-    def sample(self, most_bytes: int) -> Iterator[str]:
+    def sample(self, most_bytes: int) -> Iterator[str | LongString]:
         """The texts of every n-th block, so many that their files' bytes are about `most_bytes`."""
         step = max(1, -(-self.size // most_bytes))
         blocks = (block for source in self._sources for block in source.blocks(self._keys))
         for number, block in enumerate(blocks):
             if number % step == 0:
-                yield from (texts[0] for _, texts in kept_rows(block, self._keys, self.filters, Counter()))
+                yield from kept_columns(block, self._keys, self.filters, Counter())[0]
 
 
 class TokenDataset:
@@ -145,7 +146,7 @@ class TokenDataset:
         }
         return {"inputs": None, "json_keys": None, "filters": None, "dataset": dataset}
 
-    def sample(self, most_bytes: int) -> Iterator[str]:
+    def sample(self, most_bytes: int) -> Iterator[str | LongString]:
         """The texts of every n-th range, so many that there are about `most_bytes` of them."""
         step = max(1, -(-BYTES_PER_TOKEN * self._dataset.tokens // most_bytes))
         for number, (start, stop) in enumerate(self._ranges()):

@@ -16,10 +16,13 @@ from hashlib import blake2b, sha256
 
 import numpy as np
 
-from megacpt.data.scores.normalize import pieces
+from megacpt.data.text.long_string import LongString, chunks_of
 
 BUCKETS = 10_000
 TOKEN = re.compile(r"\w+|[^\w\s]+")
+BLANK = re.compile(r"\s")
+LONG = 1 << 21
+"""Characters from which a text is worked through in pieces."""
 BIGRAM = np.uint64(0x9E3779B97F4A7C15)
 MOST_WORDS = 1 << 20
 
@@ -50,10 +53,10 @@ class Buckets:
     def __init__(self) -> None:
         self._known = _TokenHashes()
 
-    def of(self, text: str) -> Iterator[np.ndarray]:
+    def of(self, text: str | LongString) -> Iterator[np.ndarray]:
         """Buckets of a text's unigrams and bigrams, piece by piece: int64 [n], 2 * tokens - 1 in all, or none."""
         last = np.empty(0, dtype=np.uint64)
-        for piece in pieces(text):
+        for piece in _pieces(text):
             if len(self._known) > MOST_WORDS:
                 self._known.clear()
             tokens = TOKEN.findall(piece.lower())
@@ -65,7 +68,20 @@ class Buckets:
             yield (np.concatenate([single, pairs]) % np.uint64(BUCKETS)).astype(np.int64)
 
 
-def bucket_counts(texts: Iterable[str]) -> np.ndarray:
+def _pieces(text: str | LongString) -> Iterator[str]:
+    """A text cut at white space, where no token goes across, into pieces of LONG characters and a little more."""
+    held: list[str] = []
+    for chunk in chunks_of(text, LONG):
+        blank = BLANK.search(chunk, len(chunk) // 2)
+        if blank is None:
+            held.append(chunk)
+            continue
+        yield "".join([*held, chunk[: blank.start()]])
+        held = [chunk[blank.end() :]]
+    yield "".join(held)
+
+
+def bucket_counts(texts: Iterable[str | LongString]) -> np.ndarray:
     """How often each bucket is met: int64 [BUCKETS]."""
     buckets, counts = Buckets(), np.zeros(BUCKETS, dtype=np.int64)
     for text in texts:
@@ -87,11 +103,11 @@ class DsirScorer:
         self._ratios = np.frombuffer(model.log_ratios, dtype="<f8")
         self._mean, self._buckets = model.length_normalized, Buckets()
 
-    def score(self, texts: Sequence[str]) -> np.ndarray:
+    def score(self, texts: Sequence[str | LongString]) -> np.ndarray:
         """float32 [texts]; minus infinity for a text without a token."""
         return np.array([self._weight(text) for text in texts], dtype=np.float32)
 
-    def _weight(self, text: str) -> float:
+    def _weight(self, text: str | LongString) -> float:
         total, count = 0.0, 0
         for part in self._buckets.of(text):
             total, count = total + float(self._ratios[part].sum()), count + len(part)

@@ -7,7 +7,7 @@ The perplexity of a document is CCNet's: 10 to the power of -(sum of log10 p ove
 every sentence scored from <s> to </s>, so each </s> is one of the things predicted. Sentences are lines.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megacpt.data.scores.kenlm_build import import_kenlm
-from megacpt.data.scores.normalize import LONG, Normalization, Sentences, normalization_from, normalizer, pieces
+from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
+from megacpt.data.text.long_string import LongString
 from megacpt.errors import UserError
 from megacpt.files import json_beside, read_json, sha256_of, write_json
 
@@ -117,21 +118,11 @@ class PerplexityScorer:
             raise UserError(f"{model}: KenLM cannot load this model; train it again") from error
         self._normalize = normalizer(normalization)
 
-    def score(self, texts: Sequence[str]) -> np.ndarray:
+    def score(self, texts: Sequence[str | LongString]) -> np.ndarray:
         """float32 [texts]; infinite for a text without a word."""
-        if not any(len(text) > LONG for text in texts):
-            return np.array([_perplexity([self._total(document)]) for document in self._normalize(texts)], np.float32)
-        return np.array([_perplexity(self._totals(text)) for text in texts], np.float32)
+        return np.array(list(map(self._perplexity, self._normalize(texts))), np.float32)
 
-    def _totals(self, text: str) -> Iterator[tuple[float, int]]:
-        """`_total` of each piece of a text."""
-        return (self._total(document) for piece in pieces(text) for document in self._normalize([piece]))
-
-    def _total(self, document: Sentences) -> tuple[float, int]:
-        """log10 p of the sentences of a document, and how many words and ends of sentences that is of."""
-        return sum(map(self._model.score, document.lines)), document.words + len(document.lines)
-
-
-def _perplexity(totals: Iterable[tuple[float, int]]) -> float:
-    log10, count = map(sum, zip(*totals, strict=True))
-    return 10.0 ** (-log10 / count) if count else float("inf")
+    def _perplexity(self, document: Sentences) -> float:
+        """Of the words of a document and the ends of its sentences."""
+        count = document.words + len(document.lines)
+        return 10.0 ** (-sum(map(self._model.score, document.lines)) / count) if count else float("inf")

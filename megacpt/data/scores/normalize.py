@@ -9,14 +9,15 @@ is a digit, not a quotation mark; and the words <s>, </s> and <unk>, which a mod
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import batched, chain, filterfalse, pairwise
+from itertools import batched, chain, compress, filterfalse, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megacpt.data.scores.beyond_ascii import BeyondAscii
+from megacpt.data.text.long_string import LongString, chunks_of
 
 PUNCTUATION = ("map", "remove", "keep")
 ASCII_FORM = {
@@ -49,8 +50,8 @@ MARKS = (b"<s>", b"</s>", b"<unk>", b"<UNK>")
 """Words of the text that KenLM would take for a sentence's edge or for every unknown word."""
 MARK_AS_WORD = re.compile(rb"(?<![^ \n\0])(?:" + b"|".join(MARKS) + rb")(?![^ \n\0])")
 SECOND_OF_MARKS = np.isin(np.arange(256), [mark[1] for mark in MARKS])
-LONG = 1 << 22
-"""Characters from which a text is worked through in pieces."""
+LONG = 1 << 21
+"""Characters from which a text is worked through in pieces, and of a piece, about."""
 
 
 class Sentences(NamedTuple):
@@ -60,7 +61,7 @@ class Sentences(NamedTuple):
     words: int
 
 
-Normalizer = Callable[[Sequence[str]], list[Sentences]]
+Normalizer = Callable[[Sequence[str | LongString]], list[Sentences]]
 """Documents to their sentences; the larger the batch, the faster."""
 
 
@@ -126,15 +127,6 @@ def normalization_from(values: Any) -> Normalization:
     return Normalization(**values)
 
 
-def pieces(text: str) -> Iterator[str]:
-    """A text cut at line feeds into pieces of LONG characters and a little more."""
-    start = 0
-    while len(text) - start > LONG and (end := text.find("\n", start + LONG)) >= 0:
-        yield text[start:end]
-        start = end + 1
-    yield text[start:]
-
-
 def normalizer(rules: Normalization) -> Normalizer:
     """The function that `rules` describe.
 
@@ -143,15 +135,17 @@ def normalizer(rules: Normalization) -> Normalizer:
     """
     beyond, table = BeyondAscii(_replacement(rules)), _ascii_table(rules)
 
-    def normalize(texts: Sequence[str]) -> list[Sentences]:
+    def translated(text: bytearray) -> bytes:
+        # What is put for a character beyond ASCII is what the table leaves as it is, or deletes.
+        return bytes(beyond.replace(text).translate(table, CONTROLS))
+
+    def together(texts: Sequence[str]) -> list[Sentences]:
         if not texts:
             return []
-        joined = bytearray(EDGE).join([text.encode() for text in texts])
-        # What is put for a character beyond ASCII is what the table leaves as it is, or deletes.
-        data = _without_marks(bytes(beyond.replace(joined).translate(table, CONTROLS)))
+        data = _without_marks(translated(bytearray(EDGE).join([text.encode() for text in texts])))
         words = _word_counts(data)
         if len(words) > len(texts):
-            return normalize([text.replace("\0", "") for text in texts])
+            return together([text.replace("\0", "") for text in texts])
         lines, start = data.split(b"\n"), 0
         blank = b"\n " in data or data.startswith(b" ")
         documents: list[Sentences] = []
@@ -162,7 +156,44 @@ def normalizer(rules: Normalization) -> Normalizer:
             start = end + 1
         return documents
 
+    def in_pieces(text: str | LongString) -> Sentences:
+        return _sentences(translated(bytearray(piece.replace("\0", "").encode())) for piece in chunks_of(text, LONG))
+
+    def normalize(texts: Sequence[str | LongString]) -> list[Sentences]:
+        short = [isinstance(text, str) and len(text) <= LONG for text in texts]
+        found = iter(together([str(text) for text in compress(texts, short)]))
+        return [next(found) if is_short else in_pieces(text) for text, is_short in zip(texts, short, strict=True)]
+
     return normalize
+
+
+def _sentences(pieces: Iterable[bytes]) -> Sentences:
+    """Of one document, whose translated text comes in pieces that may end amid a word."""
+    lines: list[bytes] = []
+    words, line = 0, []
+    for part in _cut_at_blanks(pieces):
+        words += _words_in(part := _without_marks(part))
+        first, *rest = part.split(b"\n")
+        line.append(first)
+        for following in rest:
+            lines.append(b"".join(line))
+            line = [following]
+    lines.append(b"".join(line))
+    return Sentences([line for line in lines if line and not line.isspace()], words)
+
+
+def _cut_at_blanks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same text in other pieces, of whole words."""
+    held: list[bytes] = []
+    for piece in pieces:
+        end = 1 + max(piece.rfind(b" "), piece.rfind(b"\n"))
+        if not end:
+            held.append(piece)
+            continue
+        whole, held = b"".join([*held, piece[:end]]), [piece[end:]]
+        yield whole
+    whole, held = b"".join(held), []
+    yield whole
 
 
 def _ascii_table(rules: Normalization) -> bytes:
@@ -202,7 +233,8 @@ def _replacement(rules: Normalization) -> Callable[[str], str]:
 def _without_marks(data: bytes) -> bytes:
     """The text without MARKS where they stand as whole words."""
     characters = np.frombuffer(data, dtype=np.uint8)
-    places = np.flatnonzero(characters == ord("<"))
+    found_in = (at + np.flatnonzero(characters[at : at + LONG] == ord("<")) for at in range(0, len(data), LONG))
+    places = np.concatenate([np.empty(0, np.int64), *found_in])
     # Text such as HTML is full of "<", and few of them begin a mark.
     places = places[SECOND_OF_MARKS[characters.take(places + 1, mode="clip")]]
     found = [match.span() for place in places.tolist() if (match := MARK_AS_WORD.match(data, place))]
@@ -218,6 +250,16 @@ def _word_counts(data: bytes) -> list[int]:
     np.greater(inside[1:], inside[:-1], out=begins[1:])
     edges = [0, *_places(data, b"\0"), len(data)]
     return [int(np.count_nonzero(begins[start:end])) for start, end in pairwise(edges)]
+
+
+def _words_in(data: bytes) -> int:
+    """Words of one document, without the memory of `_word_counts`."""
+    characters, count, before = np.frombuffer(data, dtype=np.uint8), 0, False
+    for at in range(0, len(data), LONG):
+        inside = characters[at : at + LONG] > ord(" ")
+        count += int(inside[0] and not before) + int(np.count_nonzero(inside[1:] > inside[:-1]))
+        before = bool(inside[-1])
+    return count
 
 
 def _places(data: bytes, byte: bytes) -> Iterator[int]:

@@ -15,9 +15,11 @@ from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization
 from megacpt.data.text.documents import Block
 from megacpt.data.text.filtering import digests_of, kept_columns, kept_rows
+from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.long_texts import decode_text
 from megacpt.data.tokens.tokenizer import load_tokenizer
 
 
@@ -43,7 +45,7 @@ ScorerSpec = KenlmSpec | DsirModel | ColumnSpec
 class TextScorer(Protocol):
     """Scores texts."""
 
-    def score(self, texts: Sequence[str]) -> np.ndarray:
+    def score(self, texts: Sequence[str | LongString]) -> np.ndarray:
         """float32 [texts]; infinite for a text without a word."""
         ...
 
@@ -121,10 +123,10 @@ def _score_block(task: BlockTask) -> Scored:
     block = task.block.loaded()
     if isinstance(task.spec, ColumnSpec):
         rows = list(kept_rows(block, task.keys, task.filters, dropped))
-        texts = [text for _, (text, *_) in rows]
+        texts: list[str | LongString] = [text for _, (text, *_) in rows]
         scores = column_values(block, task.spec.name, [where for where, _ in rows])
     else:
-        texts = list(map(str, kept_columns(block, task.keys, task.filters, dropped)[0]))
+        texts = kept_columns(block, task.keys, task.filters, dropped)[0]
         scores = np.empty(0, dtype=np.float32) if task.spec is None else open_scorer(task.spec).score(texts)
     digests = digests_of(texts) if task.filters.dedup == "exact" else None
     return Scored(scores, block.consumed, block.size, digests, dropped)
@@ -141,19 +143,19 @@ _dataset = cache(IndexedDataset)
 _tokenizer = cache(load_tokenizer)
 
 
-def decoded(task: RangeTask) -> list[str]:
+def decoded(task: RangeTask) -> list[str | LongString]:
     """The texts of documents of a token dataset, without what frames them (BOS, EOS, EOD)."""
     dataset = _dataset(task.prefix)
     tokenizer = _tokenizer(task.tokenizer_type, task.tokenizer_model)
     texts = []
     for document in range(task.start, task.stop):
-        ids = dataset.read(document).tolist()
+        ids = dataset.read(document)
         first, last = 0, len(ids)
-        while first < last and ids[last - 1] in task.frame:
+        while first < last and int(ids[last - 1]) in task.frame:
             last -= 1
-        while first < last and ids[first] in task.frame:
+        while first < last and int(ids[first]) in task.frame:
             first += 1
-        texts.append(tokenizer.decode(ids[first:last]))
+        texts.append(decode_text(tokenizer, ids[first:last]))
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Very long strings of a JSON line or of Parquet, left as they lie there and decoded a piece at a time.
+"""Very long strings, such as those of a JSON line or of Parquet: left as they lie there, and decoded a piece at a time.
 
 Python keeps a string with as many bytes for each character as the widest of them takes, one to four: a document of 200
 MB with a single emoji would be 800 MB.
@@ -63,6 +63,21 @@ class Utf8String(LongString):
 
     def pieces(self) -> Iterator[str]:
         return _utf8_pieces(memoryview(self.buffer))
+
+
+@dataclass(frozen=True)
+class Parts(LongString):
+    """Strings one after the other."""
+
+    parts: tuple[str, ...]
+
+    def pieces(self) -> Iterator[str]:
+        return iter(self.parts)
+
+
+def chunks_of(text: str | LongString, size: int) -> Iterator[str]:
+    """A text cut anywhere, a str into `size` characters."""
+    return text.pieces() if isinstance(text, LongString) else (text[i : i + size] for i in range(0, len(text), size))
 
 
 def in_utf8(buffer: Any) -> Utf8String:

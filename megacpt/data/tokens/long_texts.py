@@ -13,7 +13,7 @@ from itertools import chain, product
 
 import numpy as np
 
-from megacpt.data.text.long_string import LongString
+from megacpt.data.text.long_string import LongString, Parts, chunks_of
 from megacpt.data.tokens.tokenizer import Encoded, Tokenizer, sizes_of
 
 LONG = 1 << 21
@@ -24,6 +24,12 @@ TRIES = 256
 """Places that are tried as the end of a piece; a token of white space may have a hundred characters and more."""
 MARKS = ("", "\x01")
 """What stands before a piece, for it to be encoded as what goes on: a tokenizer may put a space before a text."""
+IDS = 1 << 16
+"""Ids that are decoded at once, about."""
+BESIDE = 64
+"""Ids on each side of a place that are decoded both ways."""
+BROKEN = "\ufffd"
+"""What bytes that are no character are decoded to."""
 NONE = np.empty(0, np.int32)
 
 
@@ -78,7 +84,40 @@ def encode_texts(
 def _text_bytes(text: str | LongString) -> int:
     if isinstance(text, LongString):
         return text.text_bytes
-    return sum(int(sizes_of([chunk])[0]) for chunk in _chunks(text))
+    return sum(int(sizes_of([chunk])[0]) for chunk in chunks_of(text, LONG))
+
+
+def decode_text(tokenizer: Tokenizer, ids: np.ndarray) -> str | LongString:
+    """The text of ids, int [tokens], in pieces if there are many."""
+    if len(ids) <= IDS:
+        return tokenizer.decode(ids)
+    parts, start = [], 0
+    while start < len(ids):
+        text, start = _decoded_from(tokenizer, ids, start)
+        parts.append(text)
+    return Parts(sum(map(len, parts)), int(sizes_of(parts).sum()), tuple(parts))
+
+
+def _decoded_from(tokenizer: Tokenizer, ids: np.ndarray, start: int) -> tuple[str, int]:
+    """The text of about IDS ids from a place on, and where it ends: not between the bytes of a character, nor before a
+    space that a tokenizer leaves out at the beginning of a text."""
+    for place in range(start + IDS, min(len(ids), start + IDS + TRIES)):
+        if _ends_text(tokenizer, ids, place):
+            return tokenizer.decode(ids[start:place]), place
+    return tokenizer.decode(ids[start:]), len(ids)
+
+
+def _ends_text(tokenizer: Tokenizer, ids: np.ndarray, place: int) -> bool:
+    """Whether the ids before a place and those after it have the texts that they have together."""
+    # Some of these begin and end with a character, of four bytes at most.
+    for more, rest in product(range(4), range(4)):
+        first, last = max(0, place - BESIDE - more), place + BESIDE + rest
+        before, after = tokenizer.decode(ids[first:place]), tokenizer.decode(ids[place:last])
+        if before.endswith(BROKEN) or after.startswith(BROKEN):
+            continue
+        if before + after == tokenizer.decode(ids[first:last]):
+            return True
+    return False
 
 
 def _with_eod(encoded: Encoded, eod: int) -> Encoded:
@@ -95,7 +134,7 @@ def _encoded(tokenizer: Tokenizer, text: str | LongString) -> Iterator[np.ndarra
         return
     before, after = frame
     yield before
-    yield from _in_pieces(tokenizer, _chunks(text))
+    yield from _in_pieces(tokenizer, chunks_of(text, LONG))
     yield after
 
 
@@ -106,11 +145,6 @@ def framing(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray] | None:
     if not plain or not starts:
         return None
     return np.array(framed[: starts[0]], np.int32), np.array(framed[starts[0] + len(plain) :], np.int32)
-
-
-def _chunks(text: str | LongString) -> Iterable[str]:
-    """The text, cut anywhere."""
-    return text.pieces() if isinstance(text, LongString) else (text[i : i + LONG] for i in range(0, len(text), LONG))
 
 
 def _in_pieces(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[np.ndarray]:

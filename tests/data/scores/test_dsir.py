@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacpt.data.scores import normalize
+from megacpt.data.scores import dsir
 from megacpt.data.scores.dsir import BUCKETS, Buckets, DsirScorer, bucket_counts, fit
+from megacpt.data.text.long_string import Parts
 
 TARGET = ["the patient was given aspirin for pain"] * 5
 RAW = ["def f(x): return x + 1", "class A: pass", "the patient list"] * 5
@@ -28,12 +29,12 @@ def test_buckets_are_unigrams_then_bigrams() -> None:
     assert len(of("p<0.05")) == 2 * 5 - 1
 
 
-@given(st.text("ab< \n", max_size=40), st.integers(0, 9))
+@given(st.text("ab< \n", max_size=40), st.integers(1, 9))
 def test_a_long_text_has_the_buckets_of_the_whole(text: str, long: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(normalize, "LONG", long)
+        patch.setattr(dsir, "LONG", long)
         in_pieces = of(text)
-    assert sorted(in_pieces) == sorted(of(text))
+    assert sorted(in_pieces) == sorted(of(text)) == sorted(of(Parts(len(text), len(text), tuple(text))))
 
 
 def test_weights_are_log_ratios_of_smoothed_frequencies() -> None:

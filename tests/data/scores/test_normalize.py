@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megacpt.data.scores import normalize
 from megacpt.data.scores.normalize import (
     ASCII_FORM,
     MARKS,
@@ -15,6 +16,7 @@ from megacpt.data.scores.normalize import (
     normalizer,
     spelled_normalization,
 )
+from megacpt.data.text.long_string import Parts
 
 RULES = st.builds(Normalization, st.booleans(), st.booleans(), st.booleans(), st.sampled_from(PUNCTUATION))
 INTERESTING = "aBZ09 \t\n\r\0\x1f\x7f\x85éÉßİΣ٣１½…—’»  \u2028🙂漢각<s>/unk"
@@ -51,6 +53,15 @@ def test_blocks_are_normalised_as_characters_are(texts: list[str], rules: Normal
     found = normalizer(rules)(texts)
     assert [[line.split() for line in document.lines] for document in found] == [step_by_step(t, rules) for t in texts]
     assert [document.words for document in found] == [sum(map(len, step_by_step(t, rules))) for t in texts]
+
+
+@given(st.lists(TEXTS | st.just("<s> p<unk> \n <unk> " * 4), max_size=3), RULES, st.integers(1, 12))
+def test_long_documents_are_normalised_as_short_ones(texts: list[str], rules: Normalization, long: int) -> None:
+    expected = normalizer(rules)(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normalize, "LONG", long)
+        assert normalizer(rules)(texts) == expected
+        assert normalizer(rules)([Parts(len(text), len(text.encode()), tuple(text)) for text in texts]) == expected
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megacpt.data.text.documents import Block
 from megacpt.data.tokens import fast_tokenizer, long_texts
 from megacpt.data.tokens.encode import Encoding, encode_block
 from megacpt.data.tokens.fast_tokenizer import Characters, FastTokenizer, chosen_engine, open_tokenizer
-from megacpt.data.tokens.long_texts import encode_texts
+from megacpt.data.tokens.long_texts import decode_text, encode_texts
 from megacpt.data.tokens.tokenizer import load_tokenizer
 from megacpt.errors import UserError
 from tests.conftest import SHARED
@@ -208,6 +208,30 @@ def test_pieces_of_long_texts_have_the_ids_of_the_whole(pair, monkeypatch, texts
         assert (found.ids.dtype, found.lengths.dtype) == (np.uint16, np.int32)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(FRAGMENTS | st.just(" of the blood "), max_size=40).map("".join))
+def test_pieces_of_many_ids_have_the_text_of_all(pair, monkeypatch, text):
+    monkeypatch.setattr(long_texts, "IDS", 30)
+    monkeypatch.setattr(long_texts, "BESIDE", 8)
+    ids = pair[1].encode(text)
+    found, expected = decode_text(pair[1], ids), pair[1].decode(ids)
+    assert str(found) == expected
+    if not isinstance(found, str):
+        assert (len(found), found.text_bytes) == (len(expected), len(expected.encode()))
+
+
+@pytest.mark.parametrize("part", ["\n".join(CORPUS[:5]), "患者接受了治疗。", "a"])
+def test_many_ids_are_decoded_in_pieces(pair, request, monkeypatch, part):
+    monkeypatch.setattr(long_texts, "IDS", 100)
+    monkeypatch.setattr(long_texts, "BESIDE", 20)
+    ids = pair[1].encode(part * (50_000 // len(part)))
+    found = decode_text(pair[1], ids)
+    assert str(found) == pair[1].decode(ids)
+    # Those made here without a decoder have spaces between tokens.
+    whole = request.node.callspec.params["pair"] in (gpt2, llama3, qwen, without_some_bytes)
+    assert whole or len(list(found.pieces())) > len(ids) // 110
 
 
 def test_long_texts_are_cut(pair, monkeypatch):
