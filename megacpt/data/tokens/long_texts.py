@@ -3,8 +3,9 @@
 A tokenizer needs many times the memory of what it encodes at once. A piece ends between two of its own tokens, a little
 before the end of what was read, and the next piece begins there, amid a word if need be. That the next piece goes on as
 the one before would have, had it been longer, is seen where both hold the same text: ids have to be the same there.
-Pairs of bytes merge by their rank alone, so that two encodings which agree on a token and the next agree from there on.
-Text in which no such place is found is encoded whole.
+For pair merging agreement on two neighbouring tokens would do: tokens of which any two neighbours are the encoding of
+their own text are that of all of it (the `bpe` crate of github/rust-gems encodes by this). Here it is half of the text
+that both hold, for the sake of what cuts a text into words. Text in which no such place is found is encoded whole.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
