@@ -6,7 +6,6 @@ For tests of what a command does. How it starts is for tests that start one: not
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from subprocess import CompletedProcess
 from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
+
+import torch.distributed as dist
 
 from tests.ranks import PRELOAD, TIMEOUT_S
 
@@ -29,9 +30,7 @@ def _main(words: Sequence[str], before: str, environment: Mapping[str, str], fol
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-    # What is pickled under the name __main__ must not be looked for in pytest's.
-    exec(before, {"__name__": "before"})
+    exec(before, {})
     by_name = words[0] == "-m"
     sys.argv = [*words[1:]] if by_name else [*words]
     if by_name:
@@ -42,10 +41,10 @@ def _main(words: Sequence[str], before: str, environment: Mapping[str, str], fol
 
 
 class Forked:
-    """`python words...`, begun; with RANK, WORLD_SIZE and a meeting point it is a rank, as under torchrun.
+    """`python words...`, begun; `before` is Python to run first, such as what makes the command fail somewhere."""
 
-    `before` is Python to run first, such as what makes the command fail somewhere.
-    """
+    store: dist.TCPStore
+    """Where a rank has met the others; it lasts as long as one of them."""
 
     def __init__(self, *words: object, before: str = "", environment: Mapping[str, str] = NOTHING) -> None:
         self.args = [str(word) for word in words]
@@ -76,15 +75,15 @@ def forked(*words: object, before: str = "", environment: Mapping[str, str] = NO
     return Forked(*words, before=before, environment=environment).wait()
 
 
-def forked_ranks(world: int, *words: object, environment: Mapping[str, str] = NOTHING) -> list[Forked]:
-    """The command begun on `world` ranks."""
-    import socket
-
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    meeting |= {"LOCAL_WORLD_SIZE": str(world)}
-    return [
-        Forked(*words, environment={**environment, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+def forked_ranks(world: int, *words: object) -> list[Forked]:
+    """The command begun on `world` ranks, which meet at a store of this process, as at torchrun's."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = [
+        Forked(*words, environment={**meeting, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
+    for rank in ranks:
+        rank.store = store
+    return ranks
