@@ -30,6 +30,7 @@ def _main(words: Sequence[str], before: str, environment: Mapping[str, str], fol
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), number)
+    multiprocessing.set_start_method("fork", force=True)  # a command's own, where the server's is another
     exec(before, {})
     by_name = words[0] == "-m"
     sys.argv = [*words[1:]] if by_name else [*words]
