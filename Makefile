@@ -51,4 +51,4 @@ format: env
 	$(VENV)/bin/ruff format $(SOURCES)
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,23 @@ SHARED = Path(os.environ.get("MEGACPT_SHARED") or REPOSITORY.parent / "shared")
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
+
+
+LONG = {
+    "test_agreement.py",
+    "test_bench.py",
+    "test_interpreted.py",
+    "test_launch.py",
+    "test_resume.py",
+    "test_train.py",
+}
+"""Files of few tests that take long: begun last, as their number says, one would be left to one worker alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests: with `--no-loadscope-reorder`, the order that workers take."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

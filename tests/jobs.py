@@ -57,7 +57,7 @@ def write_corpus(prefix: Path, vocab_size: int = VOCABULARY, documents: int = 60
 
 
 def small_config(folder: Path, model: Section = NOTHING, **sections: Section) -> Config:
-    """10 steps of 8 samples in micro-batches of 2, fp32, on a corpus that is kept in `folder`.
+    """10 steps of 8 samples in two micro-batches, fp32, on a corpus that is kept in `folder`.
 
     Adam's epsilon is far above rounding errors of gradients: with the usual 1e-8, a parameter with next to no gradient
     moves a whole learning rate in a direction that rounding decides, and no two layouts agree better than 1e-5.
@@ -70,7 +70,7 @@ def small_config(folder: Path, model: Section = NOTHING, **sections: Section) ->
         "model": shape,
         "precision": {"dtype": "fp32"},
         "data": {"seq_length": SEQ_LENGTH, "sources": {"walks": {"path": str(corpus), "weight": 1}}, "num_workers": 0},
-        "train": {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8},
+        "train": {"train_iters": 10, "micro_batch_size": 4, "global_batch_size": 8},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "clip_grad": 0.5, "adam_eps": 1e-5},
         "schedule": {"lr_decay_style": "constant"},
         "save": {"dir": str(folder / "run")},

@@ -1,4 +1,7 @@
-"""The contestants themselves, in processes of their own, on a model of two layers."""
+"""The contestants themselves, in processes of their own, on a model of two layers.
+
+What has been started here once is forked from then on.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +11,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from megacpt.bench import checkpoint, train
+from megacpt.bench import checkpoint, train, train_case
 from megacpt.bench.contestant import Result, read_result
 from megacpt.bench.processes import TimeUp, run_module
 from megacpt.bench.rows import OURS, Recorder
@@ -18,6 +21,7 @@ from megacpt.config.architecture import Architecture
 from megacpt.config.tree import Model
 from megacpt.errors import UserError
 from megacpt.model import build
+from tests.commands import forked
 
 SMALL = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 96, "kv_channels": 8, "vocab_size": 500}
 CASES = MappingProxyType({"small": TrainCase("small", "tiny", 32, 2, 4, SMALL)})
@@ -80,6 +84,11 @@ def small(monkeypatch, ceilings):
     monkeypatch.setattr(train, "measure_ceilings", lambda *_: ceilings)
 
 
+def run_forked(module, *words, limit=None):
+    done = forked("-m", module, *words)
+    assert done.returncode == 0, done.stderr
+
+
 def values(recorder, unit):
     return {row.tool: row.value for row in recorder.rows if row.unit == unit}
 
@@ -93,7 +102,7 @@ def test_keys_of_the_contestants_on_a_gpu_are_keys(race, tmp_path):
     for flags in ours:
         load_config(str(race.config), flags)
     flags = [flag for more in ours for flag in more if "fp8" not in flag]
-    run_module(train.TRAINER, race.config, tmp_path / "result.json", *flags, f"save.dir={tmp_path / 'run'}")
+    run_forked(train.TRAINER, race.config, tmp_path / "result.json", *flags, f"save.dir={tmp_path / 'run'}")
     found = read_result(tmp_path / "result.json").losses
     assert found == pytest.approx(race.results[train.CONTESTANTS[OURS]].losses, rel=1e-5)
 
@@ -220,6 +229,7 @@ def test_checkpoints(tmp_path, monkeypatch):
         assert {"state.pt", "checkpoints"} & left == {"state.pt"}
 
     monkeypatch.setattr(checkpoint, "run_module", run)
+    monkeypatch.setattr(train_case, "run_module", run_forked)
     recorder = Recorder("here", [], "now", "abc")
     checkpoint.measure(recorder, ["small"], "fp32", tmp_path)
     for unit in ("GB/s saved", "GB/s loaded", "GB on disk"):

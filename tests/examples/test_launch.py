@@ -64,17 +64,6 @@ def test_scripts_are_bash(script):
     assert os.access(EXAMPLES / script, os.X_OK)
 
 
-def test_two_machines_train_as_one(config, environment):
-    environment |= {"NODES": "2", "HEAD": "localhost", "PORT": free_port()}
-    command = [EXAMPLES / "launch.sh", "--config", config]
-    machines = [subprocess.Popen(command, env=environment, cwd=config.parent) for _ in range(2)]
-    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
-    found, expected = losses(config.parent / "run"), train_alone(config, environment | {"NODES": "1"})
-    assert len(found[0]) == 4
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-
-
 def test_several_machines_need_a_head(config, environment):
     command = [EXAMPLES / "launch.sh", "--config", config]
     done = subprocess.run(command, env=environment | {"NODES": "2"}, capture_output=True, text=True)
@@ -95,9 +84,13 @@ def slurm(tmp_path, environment):
     return environment | job
 
 
-def test_slurm_trains_on_two_nodes(config, slurm):
+def test_slurm_trains_on_two_nodes_as_one(config, slurm, environment):
+    """By `launch.sh` on each of them, as where there is no Slurm."""
     subprocess.run([EXAMPLES / "slurm_train.sbatch", "--config", config], env=slurm, check=True, timeout=240)
-    assert len(losses(config.parent / "run")[0]) == 4
+    found, expected = losses(config.parent / "run"), train_alone(config, environment)
+    assert len(found[0]) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_slurm_ends_with_the_error_of_a_rank(config, slurm):

@@ -178,7 +178,7 @@ def case_of(folder: Path, name: str) -> Case:
     folder.mkdir()
     model = {"num_layers": 2, "max_position_embeddings": LONG, **MODELS[name]}
     schedule = {"lr_decay_style": "cosine", "lr_warmup_iters": 4}
-    config = small_config(folder, model, train={"train_iters": STEPS, "micro_batch_size": 2}, schedule=schedule)
+    config = small_config(folder, model, train={"train_iters": STEPS}, schedule=schedule)
     case = Case(config, resolve_architecture(config.model, None), folder / "llama.pt")
     torch.save(llama(case.architecture).state_dict(), case.weights)
     run_ranks(save_as_checkpoint, 1, case)

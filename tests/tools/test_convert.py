@@ -14,9 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.commands import forked
 from tests.conftest import REPOSITORY
 from tests.model.hf.models import make_model, tensors_of
 
+TOOL = REPOSITORY / "tools" / "convert.py"
 UP = "model.layers.2.mlp.up_proj.weight"
 WORDS = {f"word{number}": number for number in range(1003)} | {"[UNK]": 1003}
 TOKENIZER = {"added_tokens": [], "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "[UNK]"}}
@@ -28,11 +30,12 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The tool as it is started, by torchrun for several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         launcher += ["--rdzv-endpoint", "localhost:0"]
-    command = [*launcher, str(REPOSITORY / "tools" / "convert.py"), *map(str, arguments)]
+    command = [*launcher, str(TOOL), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
 
@@ -50,7 +53,7 @@ def test_there_on_two_ranks_and_back_on_one(healthy: Path, tmp_path: Path) -> No
     assert all(torch.equal(source[name], found[name]) for name in source)
     assert json.loads((output / "config.json").read_text())["vocab_size"] == 1003
     assert (output / "model.safetensors").stat().st_mode & 0o044
-    again = convert("export", "--checkpoint", checkpoint, "--output", output)
+    again = forked(TOOL, "export", "--checkpoint", checkpoint, "--output", output)
     assert again.returncode == 2
     assert again.stderr == f"error: {output}: already there; choose another --output or remove it\n"
 
@@ -185,11 +188,12 @@ def test_without_transformers_the_gate_says_so(
 
 
 def test_without_the_gate_a_warning(healthy: Path, tmp_path: Path) -> None:
-    imported = convert("import", "--hf", healthy, "--output", tmp_path / "out", "--no-gate", "--dtype", "bf16")
+    imported = forked(TOOL, "import", "--hf", healthy, "--output", tmp_path / "out", "--no-gate", "--dtype", "bf16")
     assert imported.returncode == 0, imported.stderr
     assert "warning: NO GATE" in imported.stderr
     assert "gate passed" not in imported.stdout
-    exported = convert("export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf", "--shard-gb", "0.0001")
+    small = ("--shard-gb", "0.0001")
+    exported = forked(TOOL, "export", "--checkpoint", tmp_path / "out", "--output", tmp_path / "hf", *small)
     assert exported.returncode == 0, exported.stderr
     source, found = tensors_of(healthy), tensors_of(tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1

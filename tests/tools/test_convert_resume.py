@@ -1,23 +1,21 @@
 """tools/convert.py killed with SIGKILL half-way: the same command goes on, to the bytes of an undisturbed one."""
 
-import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megacpt.model.hf.unfinished import Report
 from megacpt.train.exchange import HFOutput, export_checkpoint
+from tests.commands import forked, forked_ranks
 from tests.conftest import REPOSITORY
 from tests.model.hf.models import make_model
 from tests.model.hf.test_unfinished import import_here
 from tests.ranks import run_ranks
-from tests.tools.test_convert import convert
 
 TOOL = REPOSITORY / "tools" / "convert.py"
+DIE = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 IN_THE_THIRD_FILE = """
 import safetensors.torch
 write, files = safetensors.torch.save_file, []
@@ -66,15 +64,8 @@ def export_arguments(folder: Path, output: Path) -> tuple[object, ...]:
 
 
 def killed(where: str, *arguments: object) -> None:
-    """The tool in a real process that `where` ends with SIGKILL."""
-    sys_argv = [str(TOOL), *map(str, arguments)]
-    script = (
-        "import os, runpy, signal, sys\n"
-        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"{where}\nsys.argv = {sys_argv!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    """The tool in a process that `where` ends with SIGKILL."""
+    ended = forked(TOOL, *arguments, before=DIE + where)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
@@ -93,11 +84,12 @@ def test_an_export_goes_on_with_the_missing_files(undisturbed: Path, tmp_path: P
     finished = identities(partial)
     assert len(finished) == 2
     assert not output.exists()
-    again = convert(*command, ranks=2)
-    assert again.returncode == 0, again.stderr
+    ranks = [rank.wait() for rank in forked_ranks(2, TOOL, *command)]
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     total = len(list(output.glob("model-*.safetensors")))
-    assert again.stdout.count("resuming:") == 1
-    assert f"resuming: 2 of {total} weight files of {output} are finished\n" in again.stdout
+    said = "".join(rank.stdout for rank in ranks)
+    assert said.count("resuming:") == 1
+    assert f"resuming: 2 of {total} weight files of {output} are finished\n" in said
     assert finished.items() <= identities(output).items()
     assert contents(output) == contents(undisturbed / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -110,7 +102,7 @@ def test_an_import_keeps_the_verdict_of_the_gate(model: Path, undisturbed: Path,
     assert not (output / "release").exists()
     killed(BETWEEN_TENSORS_OF_THE_CHECKPOINT, *command)  # the gate is passed here, and only here
     assert not (output / "release").exists()
-    again = convert(*command)
+    again = forked(TOOL, *command)
     assert again.returncode == 0, again.stderr
     assert f"resuming: the weights of {model} have passed the gate, which is not repeated\n" in again.stdout
     assert "gate passed: on 256 tokens" in again.stdout

@@ -1,11 +1,12 @@
 """tools/evaluate.py: what it writes, pairs and says, alone and on two ranks, and how it tells of mistakes."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "data").mkdir()
     (place / "data" / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PIQA))
     return place
+
+
+@pytest.fixture(scope="module")
+def tasks_of_lm_eval() -> Iterator[None]:
+    """lm_eval reads thousands of files to know their names: once is enough."""
+    import lm_eval.tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+        yield
 
 
 def evaluate(arguments: list[str]) -> tuple[int, str]:
@@ -83,6 +94,7 @@ def test_results_items_and_a_comparison(folder: Path) -> None:
     assert [len(item["loglikelihoods"]) for item in items] == [2] * 12
 
 
+@pytest.mark.usefixtures("tasks_of_lm_eval")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

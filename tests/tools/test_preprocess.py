@@ -54,6 +54,17 @@ def run(line, **options):
     return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, **options)
 
 
+@pytest.fixture
+def run_here(load_tool, capsys):
+    """`run` without a process of its own."""
+
+    def call(line):
+        capsys.readouterr()
+        return subprocess.CompletedProcess(line, load_tool("preprocess").main(line[2:]), *capsys.readouterr())
+
+    return call
+
+
 def outputs(folder):
     return sorted(path.name for path in folder.iterdir() if "out" in path.name)
 
@@ -94,9 +105,9 @@ def test_a_run(tmp_path, models):
         ("a.txt", GOOD.encode(), ["a.txt", "unknown kind"]),
     ],
 )
-def test_bad_input_is_refused(tmp_path, models, name, content, words):
+def test_bad_input_is_refused(tmp_path, models, run_here, name, content, words):
     (tmp_path / name).write_bytes(content)
-    assert_refused(run(command(tmp_path, models, tmp_path / name)), *words)
+    assert_refused(run_here(command(tmp_path, models, tmp_path / name)), *words)
     assert outputs(tmp_path) == []
 
 
@@ -112,10 +123,10 @@ def test_bad_input_is_refused(tmp_path, models, name, content, words):
         ({"options": ["--tokenizer-type", "HuggingFaceTokenizer"]}, ["not a Hugging Face tokenizer.json"]),
     ],
 )
-def test_a_bad_command_is_refused(tmp_path, models, changes, words):
+def test_a_bad_command_is_refused(tmp_path, models, run_here, changes, words):
     (tmp_path / "a.jsonl").write_text(GOOD)
     inputs = changes.pop("inputs", ["a.jsonl"])
-    assert_refused(run(command(tmp_path, models, *(tmp_path / name for name in inputs), **changes)), *words)
+    assert_refused(run_here(command(tmp_path, models, *(tmp_path / name for name in inputs), **changes)), *words)
     assert outputs(tmp_path) == []
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from megacpt.train import planning
 from megacpt.train.__main__ import main
 from megacpt.train.build import build_job
 from megacpt.train.planning import make_plan
+from tests.commands import forked
 from tests.ranks import run_ranks
 from tests.train import tiny
 
@@ -236,13 +236,6 @@ def _said_by_a_process(configuration: Path) -> str:
     return said
 
 
-def _subprocess(configuration: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megacpt.train", "--config", str(configuration)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ, **environment}
-    )
-
-
 def test_run_folder_in_use(corpora: Path, tmp_path: Path) -> None:
     run, configuration = tmp_path / "run", tmp_path / "config.yaml"
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", {"save": {"dir": str(run)}}), sort_keys=False))
@@ -267,7 +260,8 @@ def test_port_in_use(corpora: Path, tmp_path: Path) -> None:
     configuration.write_text(yaml.safe_dump(tree, sort_keys=False))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = _subprocess(configuration, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1")
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "1"}
+        result = forked("-m", "megacpt.train", "--config", configuration, environment=meeting)
     assert result.returncode == 2
     assert f"127.0.0.1:{port}" in result.stderr
     assert "in use" in result.stderr
@@ -310,7 +304,7 @@ def test_full_disk_keeps_the_last_checkpoint(corpora: Path, tmp_path: Path, smal
     changes = {"save": {"dir": str(small_disk / "run"), "interval": 1, "keep_last": None}}
     shape = {"model": {"hidden_size": 8, "ffn_hidden_size": 8, "kv_channels": 2}}
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "x", changes, shape), sort_keys=False))
-    result = _subprocess(configuration)
+    result = forked("-m", "megacpt.train", "--config", configuration)
     assert result.returncode == 2, result.stderr
     assert "the disk is full" in result.stderr
     assert "Traceback" not in result.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ import yaml
 from megacpt.config.load import config_from
 from megacpt.errors import UserError
 from megacpt.train.planning import make_plan
+from tests.commands import forked_ranks
 from tests.ranks import run_ranks
 from tests.train import tiny
 
 CONTEXT: tiny.Tree = {"model": {"context_parallel_size": 2}}
 STOP = {"train": {"train_iters": 8}}
 """Past the end of the first medical pass is step 16; 8 lies inside it and 24 in the second."""
+UNEVALUATED: tiny.Tree = {"eval": {"at": [], "every": None}}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +42,16 @@ def whole(corpora: Path) -> Path:
     return corpora / "whole"
 
 
-def test_resume_is_bit_identical_across_a_pass(corpora: Path, whole: Path) -> None:
-    for stop in (8, 24):
-        run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts", {"train": {"train_iters": stop}}), 1)
+@pytest.fixture(scope="module")
+def stopped(corpora: Path) -> Path:
+    """The same run after 8 steps, to be copied."""
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "stopped", STOP), 1)
+    return corpora / "stopped"
+
+
+def test_resume_is_bit_identical_across_a_pass(corpora: Path, whole: Path, stopped: Path) -> None:
+    shutil.copytree(stopped, corpora / "parts")
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts", {"train": {"train_iters": 24}}), 1)
     (facts,) = run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts"), 1)
     expected = tiny.rows(whole)
     assert tiny.rows(corpora / "parts") == expected
@@ -55,32 +65,33 @@ def test_resume_is_bit_identical_across_a_pass(corpora: Path, whole: Path) -> No
 def test_resume_in_the_middle_of_the_third_pass_of_a_mixture_is_bit_identical(corpora: Path) -> None:
     """The domain is drawn anew each pass, the general part is the first pass's, and a phase begins with pass 4."""
     passes = tiny.passes(corpora)
-    passes["data"]["phases"] = [{"after_tokens": 3 * 64 * 32, "replay": 0.5}]
-    passes["eval"] = {"every": 4}
+    passes["data"]["mixture"]["pass_tokens"] = 32 * 32
+    passes["data"]["phases"] = [{"after_tokens": 3 * 32 * 32, "replay": 0.5}]
+    passes |= {"eval": {"every": 5}, "train": {"micro_batch_size": 8}}
     run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic", passes), 1)
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic_parts", passes, {"train": {"train_iters": 20}}), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic_parts", passes, {"train": {"train_iters": 10}}), 1)
     run_ranks(tiny.train_here, 1, tiny.tree(corpora, "dynamic_parts", passes), 1)
     whole = tiny.rows(corpora / "dynamic")
     assert tiny.rows(corpora / "dynamic_parts") == whole
     training = [row for row in whole if "lm_loss" in row]
     tokens = np.array([[row["tokens_by_source"][name] for name in ("medical", "general")] for row in training])
-    assert tokens.reshape(4, 8, 2).sum(axis=1).tolist() == [[48 * 32, 16 * 32]] * 3 + [[32 * 32, 32 * 32]]
+    assert tokens.reshape(4, 4, 2).sum(axis=1).tolist() == [[24 * 32, 8 * 32]] * 3 + [[16 * 32, 16 * 32]]
 
 
 def test_resume_is_bit_identical_between_log_lines(corpora: Path) -> None:
-    slow = {"train": {"log_interval": 5, "train_iters": 17}}
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "whole5", slow), 1)
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts5", slow, {"save": {"interval": 7}}, STOP), 1)
-    # The early stop at 8 writes a row of its own; the checkpoint at 7 lies inside an interval.
-    checkpoints = corpora / "parts5" / "checkpoints"
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("7\n")
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts5", slow, {"save": {"interval": 7}}), 1)
-    assert tiny.rows(corpora / "parts5") == tiny.rows(corpora / "whole5")
+    slow = {"train": {"log_interval": 3, "train_iters": 8}, "save": {"interval": 4}}
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "whole3", slow), 1)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts3", slow, {"train": {"train_iters": 5}}), 1)
+    # The early stop at 5 writes a row of its own; the checkpoint at 4 lies inside an interval.
+    checkpoints = corpora / "parts3" / "checkpoints"
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("4\n")
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "parts3", slow), 1)
+    assert tiny.rows(corpora / "parts3") == tiny.rows(corpora / "whole3")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_resume_on_another_layout(corpora: Path, dtype: str) -> None:
-    precision = {"precision": {"dtype": dtype}}
+    precision = {"precision": {"dtype": dtype}} | UNEVALUATED
     name = f"from_tp2_{dtype}"
     tp2, end = tiny.layout(tp=2, sp=True), {"train": {"train_iters": 12}}
     run_ranks(tiny.train_here, 2, tiny.tree(corpora, name, tp2, precision, STOP), 2)
@@ -108,14 +119,15 @@ def test_resume_on_another_layout(corpora: Path, dtype: str) -> None:
 
 def test_distributed_optimizer_state_goes_to_any_other(corpora: Path) -> None:
     for dtype in ("fp32", "bf16"):
-        precision = {"precision": {"dtype": dtype}}
+        precision = {"precision": {"dtype": dtype}} | UNEVALUATED
         run = f"from_distributed_{dtype}"
-        sharded, end = tiny.layout(distributed=True), {"train": {"train_iters": 12}}
-        run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, sharded, precision, STOP), 2)
+        sharded, end = tiny.layout(distributed=True), {"train": {"train_iters": 8}}
+        stop = {"train": {"train_iters": 4}}
+        run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, sharded, precision, stop), 2)
         run_ranks(tiny.train_here, 2, tiny.tree(corpora, run + "_whole", sharded, precision, end), 2)
         run_ranks(tiny.train_here, 1, tiny.tree(corpora, run, precision, end), 1)
-        loss, _ = tiny.losses(corpora / run, after=8)
-        expected, _ = tiny.losses(corpora / (run + "_whole"), after=8)
+        loss, _ = tiny.losses(corpora / run, after=4)
+        expected, _ = tiny.losses(corpora / (run + "_whole"), after=4)
         assert len(loss) == 4
         np.testing.assert_allclose(loss, expected, rtol=1e-6 if dtype == "fp32" else 2e-3)
 
@@ -124,9 +136,10 @@ def test_distributed_optimizer_state_goes_to_any_other(corpora: Path) -> None:
 def test_context_parallel_ranks_go_on_and_so_does_one_alone(corpora: Path, distributed: bool) -> None:
     run = f"context_{distributed}"
     context = CONTEXT | {"optimizer": {"use_distributed_optimizer": distributed}}
-    end = {"train": {"train_iters": 12}}
+    end = {"train": {"train_iters": 8}, "eval": {"every": 4}}
+    stop = {"train": {"train_iters": 4}, "eval": {"every": 4}}
     run_ranks(tiny.train_here, 2, tiny.tree(corpora, f"{run}_whole", context, end), 2)
-    run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, context, STOP), 2)
+    run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, context, stop), 2)
     shutil.copytree(corpora / run, corpora / f"{run}_alone")
     run_ranks(tiny.train_here, 2, tiny.tree(corpora, run, context, end), 2)
     assert tiny.rows(corpora / run) == tiny.rows(corpora / f"{run}_whole")
@@ -150,26 +163,25 @@ def test_a_checkpoint_has_what_overlap_param_gather_still_owes(corpora: Path) ->
     assert tiny.rows(corpora / "overlap_parts") == tiny.rows(corpora / "overlap_whole")
 
 
-def test_weights_only_start(corpora: Path) -> None:
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "base", STOP), 1)
-    start = {"init": {"checkpoint": str(corpora / "base" / "checkpoints")}, "train": {"train_iters": 2}}
+def test_weights_only_start(corpora: Path, stopped: Path) -> None:
+    start = {"init": {"checkpoint": str(stopped / "checkpoints")}, "train": {"train_iters": 2}}
     run_ranks(tiny.train_here, 2, tiny.tree(corpora, "child", start, tiny.layout(pp=2)), 2)
-    base_end = [row for row in tiny.rows(corpora / "base") if "validation" in row and row["iteration"] == 8]
+    base_end = [row for row in tiny.rows(stopped) if "validation" in row and row["iteration"] == 8]
     child_start = [row for row in tiny.rows(corpora / "child") if "validation" in row and row["iteration"] == 0]
     for before, after in zip(base_end, child_start, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
     assert tiny.rows(corpora / "child")[-1]["iteration"] == 2
 
 
-def test_changed_mixture_is_refused_and_then_accepted(corpora: Path) -> None:
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "mix", STOP), 1)
+def test_changed_mixture_is_refused_and_then_accepted(corpora: Path, stopped: Path) -> None:
+    shutil.copytree(stopped, corpora / "mix")
     change = {"data": {"sources": {"general": {"weight": 0.5}}}}
     with pytest.raises(UserError, match=r"source 'general': weight 0.25 -> weight 0.5.*accept_change"):
         make_plan(config_from(tiny.tree(corpora, "mix", change), "test"), 1, on_gpu=False)
     accepted = tiny.tree(corpora, "mix", change, {"data": {"accept_change": True}})
     plan = make_plan(config_from(accepted, "test"), 1, on_gpu=False)
     assert plan.mixture.start.sample == 64
-    run_ranks(tiny.train_here, 1, accepted, 1)
+    run_ranks(tiny.train_here, 1, accepted | UNEVALUATED, 1)
     training = [row for row in tiny.rows(corpora / "mix") if "lm_loss" in row]
     assert [row["iteration"] for row in training] == list(range(1, plan.last_iteration + 1))
     assert training[-1]["epochs_by_source"]["medical"] == pytest.approx(2, abs=0.1)
@@ -211,21 +223,52 @@ def test_going_back_to_an_older_checkpoint(corpora: Path) -> None:
         ({"train": {"seed": 5}}, r"seed 1234 -> 5"),
     ],
 )
-def test_another_model_or_order_is_refused(corpora: Path, change: tiny.Tree, message: str) -> None:
-    if not (corpora / "fixed").exists():
-        run_ranks(tiny.train_here, 1, tiny.tree(corpora, "fixed", STOP), 1)
+def test_another_model_or_order_is_refused(corpora: Path, stopped: Path, change: tiny.Tree, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_plan(config_from(tiny.tree(corpora, "fixed", change), "test"), 1, on_gpu=False)
+        make_plan(config_from(tiny.tree(corpora, stopped.name, change), "test"), 1, on_gpu=False)
 
 
-def _command(configuration: Path, ranks: int) -> list[str]:
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*runner, "-m", "megacpt.train", "--config", str(configuration)]
+def _kill_forked(configuration: Path, moment: Callable[[], bool]) -> None:
+    """Two ranks, each killed on its own."""
+    ranks = forked_ranks(2, "-m", "megacpt.train", "--config", configuration)
+    _wait_for(moment, lambda: all(rank.process.is_alive() for rank in ranks))
+    for rank in ranks:
+        rank.process.kill()
+    assert [rank.wait().returncode for rank in ranks] == [-signal.SIGKILL] * 2
+
+
+def _kill_torchrun(configuration: Path, moment: Callable[[], bool]) -> None:
+    """As a user starts it; torchrun's ranks live in sessions of their own, and end with it."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*runner, "-m", "megacpt.train", "--config", configuration],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _wait_for(moment, lambda: process.poll() is None)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert ranks
+    assert not alive
+
+
+def _wait_for(moment: Callable[[], bool], alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert alive(), "it ended before that moment"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def test_kill_at_any_moment(corpora: Path) -> None:
     """SIGKILL to every process, three times: while starting, in a step, and as soon as a save begins."""
-    changes = (tiny.layout(tp=2), {"save": {"interval": 2}, "logging": {"tensorboard": True}})
+    changes = (
+        tiny.layout(tp=2),
+        {"save": {"interval": 2}, "logging": {"tensorboard": True}, "train": {"train_iters": 14}},
+    )
     run_ranks(tiny.train_here, 2, tiny.tree(corpora, "unkilled", *changes), 2)
     configuration = corpora / "killed.yaml"
     configuration.write_text(yaml.safe_dump(tiny.tree(corpora, "killed", *changes), sort_keys=False))
@@ -235,26 +278,12 @@ def test_kill_at_any_moment(corpora: Path) -> None:
         metrics = run / "metrics.jsonl"
         return metrics.is_file() and metrics.read_text().count("lm_loss") >= iterations
 
-    moments = [
-        lambda: run.is_dir(),
-        lambda: trained(5),
-        lambda: trained(6) and any((run / "checkpoints").glob(".iter_*")),
-    ]
-    for moment in moments:
-        process = subprocess.Popen(
-            _command(configuration, 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        deadline = time.monotonic() + 120
-        while not moment() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        # torchrun's ranks live in sessions of their own; they end with it.
-        _, alive = psutil.wait_procs(ranks, timeout=20)
-        assert not alive
-    done = subprocess.run(_command(configuration, 2), capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    _kill_forked(configuration, run.is_dir)
+    _kill_torchrun(configuration, lambda: trained(5))
+    _kill_forked(configuration, lambda: trained(6) and any((run / "checkpoints").glob(".iter_*")))
+    for rank in forked_ranks(2, "-m", "megacpt.train", "--config", configuration):
+        done = rank.wait()
+        assert done.returncode == 0, done.stderr[-2000:]
     assert tiny.rows(run) == tiny.rows(corpora / "unkilled")
     assert not list((run / "checkpoints").glob(".*"))
     _check_tensorboard(run)
@@ -274,10 +303,10 @@ def _check_tensorboard(run: Path) -> None:
     )
 
 
-def test_a_cut_off_row_is_dropped(corpora: Path, whole: Path) -> None:
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "cut", STOP), 1)
+def test_a_cut_off_row_is_dropped(corpora: Path, whole: Path, stopped: Path) -> None:
+    shutil.copytree(stopped, corpora / "cut")
     metrics = corpora / "cut" / "metrics.jsonl"
     with open(metrics, "a", encoding="utf-8") as handle:
         handle.write(json.dumps({"iteration": 9, "lm_loss": 1.0}) + '\n{"iteration": 10, "lm_l')
-    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "cut"), 1)
-    assert tiny.rows(corpora / "cut") == tiny.rows(whole)
+    run_ranks(tiny.train_here, 1, tiny.tree(corpora, "cut", {"train": {"train_iters": 16}}), 1)
+    assert tiny.rows(corpora / "cut") == [row for row in tiny.rows(whole) if row["iteration"] <= 16]

@@ -14,7 +14,7 @@ from megacpt.train.step_zero import FILE, StepZero
 from tests.ranks import run_ranks
 from tests.train import tiny
 
-STOP = {"train": {"train_iters": 8}}
+STOP = {"train": {"train_iters": 4}, "eval": {"every": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_rows_hold_the_difference_from_step_0_on_the_same_samples(corpora: Path)
     for name in ("medical", "general"):
         first, *later = validations(corpora / "run", name)
         assert first["paired"] is None
-        assert [row["iteration"] for row in later] == [1, 8]
+        assert [row["iteration"] for row in later] == [1, 4]
         for row in later:
             for measure in ("loss", "accuracy"):
                 paired = row["paired"][measure]
@@ -52,11 +52,11 @@ def test_a_resumed_run_pairs_what_is_the_same(corpora: Path) -> None:
     }
     for name, (change, expected) in changes.items():
         shutil.copytree(corpora / "run", corpora / name)
-        tree = tiny.tree(corpora, name, tiny.layout(tp=2), {"train": {"train_iters": 16}}, change)
+        tree = tiny.tree(corpora, name, tiny.layout(tp=2), {"train": {"train_iters": 6}}, change)
         run_ranks(tiny.train_here, 2, tree, 2)
         for of, items in expected.items():
             *_, last = validations(corpora / name, of)
-            assert last["iteration"] == 16
+            assert last["iteration"] == 6
             assert (last["paired"] and last["paired"]["loss"]["items"]) == items
 
 

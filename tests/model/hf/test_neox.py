@@ -54,7 +54,7 @@ def configuration(folder: Path, kind: str, run: str, model: Section, optimizer: 
     """20 steps from a folder of transformers' making; the shape comes from there."""
     tree = small_config(folder, {"vocab_size": KINDS[kind]}).model_dump()
     tree["model"] = dict(model)
-    tree["train"]["train_iters"] = STEPS
+    tree["train"] |= {"train_iters": STEPS, "micro_batch_size": 2 if optimizer else 4}  # 2 for four replicas
     tree["schedule"] = {"lr_decay_style": "cosine", "lr_warmup_iters": 4}
     tree["optimizer"] |= {"clip_grad": 0.1, **optimizer}
     tree["init"] = {"hf": str(folder / kind), "gate": False}
