@@ -42,8 +42,15 @@ class Row:
 
 COLUMNS = tuple(field.name for field in fields(Row))
 OURS = "megacpt"
+CORES = " cores"
+"""How the name of a device ends that is a CPU."""
 DATA_PARTS = ("preprocess", "scoring", "index", "read")
 """Benches whose rows share a file."""
+ON_GPU = (
+    *(("kernels", name) for name in ("RMSNorm", "SwiGLU", "RoPE", "cross-entropy", "linear cross-entropy")),
+    *(("train", name) for name in ("smollm2-135m", "llama3.2-1b", "llama3.2-3b", "8 layers of llama3-8b")),
+)
+"""What only a GPU's numbers say something of: bench, and what a case's name begins with."""
 TIME_UP = "not measured: the time was up"
 """A note: the README goes on telling what an earlier run has measured."""
 
@@ -98,7 +105,7 @@ def describe_cpu() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {len(os.sched_getaffinity(0))}{CORES}"
 
 
 def describe_device(with_gpu: bool) -> str:
@@ -144,7 +151,15 @@ def write_readme(folder: Path) -> None:
             of_case = [row for row in rows if (row.bench, row.case, row.device) == case]
             newest = max(row.run for row in [row for row in of_case if row.note != TIME_UP] or of_case)
             parts += _case([row for row in of_case if row.run == newest])
-    write_text(folder / "README.md", "\n".join(parts))
+    write_text(folder / "README.md", "\n".join([*parts, *_not_measured(folder)]))
+
+
+def _not_measured(folder: Path) -> list[str]:
+    rows = [row for path in folder.glob("*.csv") for row in read(path)]
+    known = {(row.bench, row.case.split(", ")[0]) for row in rows if row.value and not row.device.endswith(CORES)}
+    missing = [of for of in ON_GPU if of not in known]
+    lines = ["## On a GPU", "", "| bench | case | value |", "|---|---|---|"]
+    return [*lines, *(f"| {bench} | {case} | not measured |" for bench, case in missing), ""] if missing else []
 
 
 def _case(rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,8 @@
 import pytest
 
-from megacpt.bench.rows import OURS, TIME_UP, Recorder, append, read, write_readme
+from megacpt.bench.kernel_cases import gpu_cases
+from megacpt.bench.rows import ON_GPU, OURS, TIME_UP, Recorder, append, read, write_readme
+from megacpt.bench.train_case import GPU_CASES
 
 
 def recorder(run, rows):
@@ -30,6 +32,20 @@ def test_how_many_times_better(tmp_path, unit, ratio):
     append(tmp_path / "train.csv", recorder("r", [("case", OURS, 8, unit), ("case", "peer", 2, unit)]))
     write_readme(tmp_path)
     assert f"| peer | 2.0 | {unit} | {ratio} |  |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_readme_names_what_no_gpu_has_measured(tmp_path):
+    cases = [("kernels", case.name) for case in gpu_cases()] + [
+        ("train", case.title.split(", ")[0]) for case in GPU_CASES.values()
+    ]
+    assert list(dict.fromkeys(cases)) == list(ON_GPU)
+    on_gpu, on_cpu = (Recorder(device, [], "r", "abc", tmp_path) for device in ("NVIDIA H200", "AMD, 2 cores"))
+    on_cpu.add("train", "smollm2-135m, fp32", OURS, 100, "tokens/s")
+    on_gpu.add("train", "llama3.2-1b, bf16", OURS, 0, "tokens/s", TIME_UP)
+    on_gpu.add("kernels", "RoPE, 8,192 x 32 x 128, bfloat16, forward", OURS, 9, "us")
+    write_readme(tmp_path)
+    told = (tmp_path / "README.md").read_text()
+    assert {of for of in ON_GPU if f"| {of[0]} | {of[1]} | not measured |" in told} == {*ON_GPU} - {("kernels", "RoPE")}
 
 
 def test_a_peer_without_a_speed_has_no_ratio(tmp_path):
