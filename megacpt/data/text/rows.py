@@ -10,7 +10,7 @@ from typing import Any
 
 from megacpt.data.text import long_string
 from megacpt.data.text.documents import Block
-from megacpt.data.text.long_string import LongString
+from megacpt.data.text.long_string import JsonString, LongString
 from megacpt.errors import UserError
 
 
@@ -70,7 +70,7 @@ def texts_of(block: Block, keys: Sequence[str], skipped: Counter[str] | None = N
                 texts = [values[key] for key in keys]
             except (ValueError, LookupError, TypeError):
                 texts = None
-        if texts is None or not all(isinstance(text, str | LongString) for text in texts):
+        if texts is None or not set(map(type, texts)) <= {str, JsonString}:
             texts = _row(block, index, row, keys, skipped)
         if texts is not None:
             for column, text in zip(columns, texts, strict=True):
