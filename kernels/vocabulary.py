@@ -164,8 +164,9 @@ def statistics_reference(logits: torch.Tensor, targets: torch.Tensor, shard: Sha
     held, column = _held(targets, shard)
     wanted = torch.full_like(highest, -torch.inf)
     wanted[held] = real[held, column].float()
-    # bf16 minus fp32 is fp32, without a copy of the logits.
-    return torch.stack((highest, (real - highest[:, None]).exp_().sum(1), wanted))
+    # bf16 minus fp32 would widen a copy of the logits beside the result.
+    below = real - highest[:, None] if real.dtype is torch.float32 else real.float().sub_(highest[:, None])
+    return torch.stack((highest, below.exp_().sum(1), wanted))
 
 
 def softmax_statistics_(logits: torch.Tensor, targets: torch.Tensor, shard: Shard) -> torch.Tensor:

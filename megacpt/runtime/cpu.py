@@ -7,7 +7,8 @@ operation at full speed. Entered once per process, only where there is no GPU; a
 
 It also puts torch where megatron-core calls Transformer Engine (optimizers and norms, whose kernels need a GPU even
 where the package is installed) or apex (a weight's gradient added to its buffer by the matmul, gradients scaled in
-place), and lets the allocator keep what a step frees for the next one.
+place), lets the allocator keep what a step frees for the next one, and has the distributed optimizer's collectives work
+in its buffers, where gloo would copy all of them.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -44,6 +46,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h, parameters of mallopt."""
 KEPT_BYTES = 1 << 30
 """Allocations smaller than this come from memory that was freed before, if there is any."""
+
+ADDED_AT_ONCE = 1 << 15
+"""Elements of bf16 that are widened at a time before they are added to fp32."""
 
 
 class _Stream:
@@ -140,14 +145,50 @@ def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, buffer: 
     """buffer [out, in] += gradients [rows, out]^T inputs [rows, in]; in one pass where the three share a dtype."""
     if inputs.dtype is buffer.dtype:
         buffer.addmm_(gradients.t(), inputs)
-    else:
-        buffer.add_(gradients.t() @ inputs)
+        return
+    product = gradients.t() @ inputs
+    rows = max(1, ADDED_AT_ONCE // product.shape[1])
+    # On a CPU torch first copies all of a narrower operand into the wider dtype.
+    for part, addend in zip(buffer.split(rows), product.split(rows), strict=True):
+        part.add_(addend)
 
 
 def _scale(chunk: int, flag: torch.Tensor, lists: Sequence[Sequence[torch.Tensor]], scale: float) -> None:
     """amp_C.multi_tensor_scale: the second list is the first one times `scale`, which may be the same tensors."""
     for source, target in zip(*lists, strict=True):
         torch.mul(source, scale, out=target)
+
+
+def _reduce_where_it_lies(
+    shard: torch.Tensor, whole: torch.Tensor, op: Any, group: dist.ProcessGroup, async_op: bool
+) -> None:
+    """Sum a gradient buffer over ranks; `shard`, this rank's part, is a view of it.
+
+    gloo's reduce-scatter is an all-reduce of a copy: this is the same sum, to the bit. As there, the other parts are
+    of no further use.
+    """
+    if async_op:
+        # One bucket at a time: torch's coalescing takes it, and does not copy it.
+        dist.all_reduce(whole, op=op, group=group, async_op=True)
+        return
+    options = dist.AllreduceOptions()
+    options.reduceOp = op
+    group.allreduce([whole], options).wait()
+
+
+def _gather_where_it_lies(whole: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup, async_op: bool) -> None:
+    """Fill a parameter buffer with the parts of all ranks; `shard`, this rank's, is a view of it.
+
+    gloo gathers into a buffer of its own and copies from there. Ready on return, also where megatron-core would wait
+    later.
+    """
+    works = []
+    for rank, part in enumerate(whole.chunk(group.size())):
+        options = dist.BroadcastOptions()
+        options.rootRank = rank
+        works.append(group.broadcast([part], options))
+    for work in works:
+        work.wait()
 
 
 def _do_without_engine() -> None:
@@ -214,8 +255,11 @@ def redirect_cuda() -> None:
         setattr(torch.cuda, name, replacement)
 
     _do_without_engine()
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import layers, random
 
+    param_and_grad_buffer.dist_reduce_scatter_func = _reduce_where_it_lies
+    param_and_grad_buffer.dist_all_gather_func = _gather_where_it_lies
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
     )

@@ -10,7 +10,8 @@ beside it in `megacpt.train.activations`, dW the gradient of a weight before it 
   fc2: [gathered gradient] + F + dW;  activation: what it reads and makes;  fc1: its gradients, less what is freed;
   torch's attention of context-parallel ranks: gradients of all keys and values, less what the MLP has freed.
   With full recomputation the unit that is computed again is there too.
-- *Embedding.* The first stage ends a backward pass: one micro-batch's activations are free, dW of the table is there.
+- *Embedding.* The first stage ends a backward pass: one micro-batch's activations are free, dW of the table is there;
+  on a CPU a bf16 one also in fp32, as torch adds it to the gradient buffer.
 
 The optimizer's own temporaries are smaller unless a micro-batch is tiny, and are a fourth candidate: with bf16
 gradients there is an fp32 copy of all of them.
@@ -182,8 +183,10 @@ def _attention(setting: Setting, stage: int) -> int:
 
 
 def _largest_table(setting: Setting) -> int:
-    """The embedding's gradient."""
-    return setting.vocabulary_rows * setting.architecture.hidden_size * setting.dtype.itemsize
+    """The embedding's gradient, and what torch widens on a CPU to add it to one of another dtype."""
+    item = setting.dtype.itemsize
+    widened = FP32 if item < FP32 and setting.config.precision.grad_reduce_in_fp32 and not setting.on_gpu else 0
+    return setting.vocabulary_rows * setting.architecture.hidden_size * (item + widened)
 
 
 def _optimizer(setting: Setting, stage: int) -> int:

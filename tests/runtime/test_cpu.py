@@ -9,8 +9,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from tests.ranks import run_ranks
+from tests.train.memory_meter import allocated
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REDIRECTION = "megacpt.runtime.cpu"
@@ -159,6 +162,73 @@ def test_a_weight_gradient_is_added_to_its_buffer(dtype: torch.dtype) -> None:
     expected = buffer + (gradients.t() @ inputs).float()
     _add_weight_gradient(inputs, gradients, buffer)
     assert torch.allclose(buffer, expected, atol=1e-6)
+
+
+@no_gpu
+def test_a_weight_gradient_is_widened_in_parts() -> None:
+    from megacpt.runtime.cpu import ADDED_AT_ONCE, _add_weight_gradient
+
+    rows = 10 * ADDED_AT_ONCE // 64 + 1
+    inputs, gradients = torch.randn(4, 64).bfloat16(), torch.randn(4, rows).bfloat16()
+    buffer = torch.randn(rows, 64)
+    expected = buffer + gradients.t() @ inputs
+    product = rows * 64 * 2
+    assert product <= allocated(lambda: _add_weight_gradient(inputs, gradients, buffer)) <= product + 4 * ADDED_AT_ONCE
+    assert torch.equal(buffer, expected)
+
+
+def exchanged(overlaps: bool) -> dict[str, Any]:
+    """Two buckets' gradients and parameters through megatron-core's functions, beside torch's own."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    from megacpt.runtime.cpu import redirect_cuda
+
+    reduce_scatter, all_gather = buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func
+    assert (reduce_scatter, all_gather) == (dist.reduce_scatter_tensor, dist.all_gather_into_tensor)
+    redirect_cuda()
+    torch.manual_seed(dist.get_rank())
+    group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    drawn = [torch.randn(ranks, size) for size in (1000, 3000)]
+    summed = [torch.empty(size) for size in (1000, 3000)]
+    gathered = [torch.empty(ranks, size) for size in (1000, 3000)]
+    for one, sums, all_ in zip(drawn, summed, gathered, strict=True):
+        reduce_scatter(sums, one.flatten())
+        all_gather(all_, one[rank : rank + 1])
+    gradients, parameters = ([one.clone() for one in drawn] for _ in range(2))
+
+    def reduce() -> None:
+        # With overlap each bucket has a group of its own.
+        for together in [[one] for one in gradients] if overlaps else [gradients]:
+            with _coalescing_manager(group, async_ops=overlaps) as handle:
+                for whole in together:
+                    buffers.dist_reduce_scatter_func(
+                        whole[rank], whole.flatten(), op=dist.ReduceOp.SUM, group=group, async_op=overlaps
+                    )
+            if overlaps:
+                handle.wait()
+
+    def gather() -> None:
+        with _coalescing_manager(group, async_ops=overlaps) as handle:
+            for whole in parameters:
+                buffers.dist_all_gather_func(whole.flatten(), whole[rank], group=group, async_op=overlaps)
+        if overlaps:
+            handle.wait()
+
+    return {
+        "allocated": allocated(lambda: (reduce(), gather())),
+        "summed": all(torch.equal(whole[rank], sums) for whole, sums in zip(gradients, summed, strict=True)),
+        "gathered": all(map(torch.equal, parameters, gathered)),
+    }
+
+
+@no_gpu
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_distributed_optimizer_s_collectives_work_where_tensors_lie(overlaps: bool) -> None:
+    """Sums are those of torch's reduce-scatter to the bit."""
+    for facts in run_ranks(exchanged, 3, overlaps):
+        assert facts["allocated"] < 4 * 1000
+        assert facts["summed"]
+        assert facts["gathered"]
 
 
 @no_gpu

@@ -3,10 +3,13 @@
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COLLECTIVES = (
@@ -53,6 +56,25 @@ class Meter(TorchDispatchMode):
     def begin(self) -> None:
         """Forget the peak so far."""
         self.most = self.live
+
+
+def allocated(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
+    """The most bytes that torch's CPU allocator had given out at once in `run`, over what it had before.
+
+    Unlike `Meter` this has what operations make for themselves. What another thread frees, as gloo's may, is missed.
+
+    Args:
+        before: what leaves memory that `run` frees: only a free of what was given out under the profiler is seen.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        before()
+        with record_function("run"):
+            run()
+    events = profiler.profiler.kineto_results.events()
+    [start] = [event.start_ns() for event in events if event.name() == "run"]
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    during = sorted((change for change in changes if change[0] >= start), key=itemgetter(0))
+    return max(accumulate(nbytes for _, nbytes in during), default=0)
 
 
 def tensors(tree: Any) -> Iterator[torch.Tensor]:

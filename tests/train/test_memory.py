@@ -19,12 +19,12 @@ from megacpt.train.memory import Setting, checkpoint_bytes, chunk_parameters, ga
 from megacpt.train.memory_table import memory_table, size
 from megacpt.train.peak import peak, stage_peak, warm_up
 from tests.ranks import run_ranks
-from tests.train.memory_meter import Meter, settle_collectives
+from tests.train.memory_meter import Meter, allocated, settle_collectives
 
 ACTIVATIONS = 0.02
 """Relative tolerance of what waits for its backward: token ids, masks of the embedding, random states are left out."""
-TOTAL = 0.02
-"""Relative tolerance of the most that all tensors take; five times as much would be as promised."""
+TOTAL = 0.03
+"""Relative tolerance of the most that is allocated, random states and what is widened at a time included."""
 
 SHAPE = {
     "num_layers": 4,
@@ -118,19 +118,26 @@ def measure(where: Setting) -> dict[str, int]:
     setup(where.layout, 1, threads=1)
     options = BuildOptions(where.dtype, config.data.reset_position_ids)
     step = batches_of(where)
+    # gloo's threads free what it gathers into, which `allocated` would miss.
+    gathers = config.model.sequence_parallel or where.layout.context > 1 or where.layout.tensor > shape.num_query_groups
+
+    def train(wrapped: Any) -> None:
+        step(wrapped)
+        optimizer.step()
+
     with Meter() as meter:
         chunks = build_chunks(shape, config.model, transformer_config(shape, config.model, options), options)
         draw_weights(chunks, shape, 1, 0.02)
         freeze_layers(chunks, config.train.freeze)
         wrapped = wrap_chunks(chunks, config.optimizer, config.precision)
         optimizer = build_optimizer(wrapped, config.optimizer, where.dtype)
-        step(wrapped)
-        optimizer.step()
+        train(wrapped)
         gc.collect()
         optimizer.zero_grad()
         meter.begin()
-        step(wrapped)
-        optimizer.step()
+        if gathers:
+            train(wrapped)
+    beside = 0 if gathers else allocated(lambda: train(wrapped), before=lambda: train(wrapped))
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     ledger = Ledger({p.untyped_storage().data_ptr() for p in parameters})
     for chunk in wrapped:
@@ -151,7 +158,7 @@ def measure(where: Setting) -> dict[str, int]:
         "optimizer": optimizer_bytes(optimizer, set(storages)),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "activations": ledger.most,
-        "most": meter.most,
+        "most": meter.most + beside,
     }
 
 
@@ -202,6 +209,7 @@ NEOX_SEQUENTIAL = {
     "rotary_percent": 0.5,
 }
 NEOX = NEOX_SEQUENTIAL | {"use_parallel_residual": True}
+FEW: dict[str, Any] = {"data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}
 RUNS = {
     "one rank": (1, "fp32", {}),
     "one rank, bf16, tied": (1, "bf16", {"model": TIED}),
@@ -242,8 +250,9 @@ RUNS = {
         "bf16",
         {"model": TP2 | KERNELS | {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}},
     ),
-    "few tokens": (1, "fp32", {"data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
-    "few tokens, PP2, bf16": (2, "bf16", {"model": PP2, "data": {"seq_length": 16}, "train": {"micro_batch_size": 1}}),
+    "few tokens": (1, "fp32", FEW),
+    "few tokens, bf16": (1, "bf16", FEW),
+    "few tokens, PP2, bf16": (2, "bf16", {"model": PP2} | FEW),
     "long, no padding": (1, "fp32", {"model": {"vocab_size": 1024}, "data": {"seq_length": 256}}),
     "long, PP2, MHA": (2, "bf16", {"model": PP2 | {"num_query_groups": 12}, "data": {"seq_length": 256}}),
     "PP2, tied": (2, "fp32", {"model": PP2 | TIED}),
@@ -251,7 +260,8 @@ RUNS = {
     "PP2, virtual, tied, bf16": (2, "bf16", {"model": VP2 | TIED}),
     "TP2 x PP2, SP": (4, "fp32", {"model": SP2 | PP2}),
     "DP2": (2, "bf16", {}),
-    "DP2, distributed": (2, "fp32", {"optimizer": DISTRIBUTED}),
+    # Were gradients or parameters copied when they are exchanged, that moment would be the largest.
+    "few tokens, DP2, distributed": (2, "fp32", {"optimizer": DISTRIBUTED} | FEW),
     "DP2, distributed, bf16, frozen": (2, "bf16", {"optimizer": DISTRIBUTED, "train": FROZEN}),
     "DP2 x PP2, distributed, tied": (4, "bf16", {"optimizer": OVERLAP, "model": PP2 | TIED}),
     "CP2": (2, "fp32", {"model": CP2}),
@@ -389,6 +399,13 @@ def test_full_recomputation_needs_less_than_none_and_our_layer_less_than_a_compo
     none, uniform = (stage_peak(setting(1, "bf16", model=m), 0) for m in ({}, full))
     assert uniform.saved < none.saved / 2
     assert none.saved < stage_peak(replace(setting(1, "bf16"), on_gpu=True), 0).saved
+
+
+def test_only_a_cpu_widens_the_gradient_of_the_embedding() -> None:
+    where = setting(1, "bf16", **FEW)
+    cpu, gpu = (stage_peak(replace(where, on_gpu=on_gpu), 0) for on_gpu in (False, True))
+    table = where.vocabulary_rows * where.architecture.hidden_size
+    assert gpu.total < 6 * table < cpu.total
 
 
 ENGINE = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
