@@ -56,6 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for name, what in (("tensor", "ranks that share each matrix"), ("pipeline", "ranks that share the layers")):
         parser.add_argument(f"--{name}-model-parallel-size", type=positive, default=1, metavar="N", help=what)
+    parser.add_argument(
+        "--context-parallel-size", type=positive, default=1, metavar="N", help="ranks that share each text"
+    )
     parser.add_argument("--sequence-parallel", action="store_true", help="shard norms over the sequence within TP")
     return parser.parse_args(arguments)
 
@@ -92,9 +95,15 @@ def run(options: argparse.Namespace) -> None:
     model = Model(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        context_parallel_size=options.context_parallel_size,
         sequence_parallel=options.sequence_parallel,
     )
-    layout = Layout(world_size(), model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    layout = Layout(
+        world_size(),
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        context=model.context_parallel_size,
+    )
     layout.check()
     if options.checkpoint is not None:
         subject = checkpoint_subject(options.checkpoint, options.dtype)

@@ -182,9 +182,12 @@ def _gather_where_it_lies(whole: torch.Tensor, shard: torch.Tensor, group: dist.
     gloo gathers into a buffer of its own and copies from there. Ready on return, also where megatron-core would wait
     later.
     """
-    parts = whole.chunk(group.size())
-    works = [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
-    for work in filter(None, works):
+    works = []
+    for rank, part in enumerate(whole.chunk(group.size())):
+        options = dist.BroadcastOptions()
+        options.rootRank = rank
+        works.append(group.broadcast([part], options))
+    for work in works:
         work.wait()
 
 

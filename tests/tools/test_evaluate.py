@@ -94,6 +94,19 @@ def test_results_items_and_a_comparison(folder: Path) -> None:
     assert [len(item["loglikelihoods"]) for item in items] == [2] * 12
 
 
+def test_ranks_that_share_each_text(folder: Path, tmp_path: Path) -> None:
+    common = ["--hf", str(folder / "base"), "--tasks", "piqa", "--task-data", str(folder / "data"), "--dtype", "fp32"]
+    for ranks in (1, 2):
+        output = ["--output", str(tmp_path / f"{ranks}.json"), "--context-parallel-size", str(ranks)]
+        assert [code for code, _ in run_ranks(evaluate, ranks, [*common, *output])] == [0] * ranks
+    one, two = (
+        [json.loads(line)["loglikelihoods"] for line in (tmp_path / f"{ranks}.jsonl").read_text().splitlines()]
+        for ranks in (1, 2)
+    )
+    assert len(one) == 12
+    assert two == [pytest.approx(item, rel=1e-5, abs=1e-5) for item in one]
+
+
 @pytest.mark.usefixtures("tasks_of_lm_eval")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -107,6 +120,7 @@ def test_results_items_and_a_comparison(folder: Path) -> None:
         (["--tasks", "piqa", "--output", "results.txt"], "name a .json file"),
         (["--tasks", "piqa", "--hf", "nowhere"], "nowhere"),
         (["--tasks", "piqa", "--tensor-model-parallel-size", "2"], "cannot be divided into TP 2"),
+        (["--tasks", "piqa", "--context-parallel-size", "2"], "x CP 2: start a multiple of 2"),
         (["--tasks", "piqa", "--tokenizer", "nowhere.json"], "nowhere.json: no such tokenizer file"),
     ],
 )

@@ -119,9 +119,7 @@ def measure(where: Setting) -> dict[str, int]:
     options = BuildOptions(where.dtype, config.data.reset_position_ids)
     step = batches_of(where)
     # gloo's threads free what it gathers into, which `allocated` would miss.
-    gathers = (
-        config.model.sequence_parallel or max(where.layout.context, where.layout.tensor // shape.num_query_groups) > 1
-    )
+    gathers = config.model.sequence_parallel or where.layout.context > 1 or where.layout.tensor > shape.num_query_groups
 
     def train(wrapped: Any) -> None:
         step(wrapped)
@@ -401,6 +399,13 @@ def test_full_recomputation_needs_less_than_none_and_our_layer_less_than_a_compo
     none, uniform = (stage_peak(setting(1, "bf16", model=m), 0) for m in ({}, full))
     assert uniform.saved < none.saved / 2
     assert none.saved < stage_peak(replace(setting(1, "bf16"), on_gpu=True), 0).saved
+
+
+def test_only_a_cpu_widens_the_gradient_of_the_embedding() -> None:
+    where = setting(1, "bf16", **FEW)
+    cpu, gpu = (stage_peak(replace(where, on_gpu=on_gpu), 0) for on_gpu in (False, True))
+    table = where.vocabulary_rows * where.architecture.hidden_size
+    assert gpu.total < 6 * table < cpu.total
 
 
 ENGINE = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
