@@ -16,7 +16,7 @@ from hashlib import blake2b, sha256
 
 import numpy as np
 
-from megacpt.data.text.long_string import LongString, chunks_of
+from megacpt.data.text.long_string import LongString, chunks_of, cut_at
 
 BUCKETS = 10_000
 TOKEN = re.compile(r"\w+|[^\w\s]+")
@@ -56,7 +56,7 @@ class Buckets:
     def of(self, text: str | LongString) -> Iterator[np.ndarray]:
         """Buckets of a text's unigrams and bigrams, piece by piece: int64 [n], 2 * tokens - 1 in all, or none."""
         last = np.empty(0, dtype=np.uint64)
-        for piece in _pieces(text):
+        for piece in cut_at(chunks_of(text, LONG), _after_a_blank, ""):
             if len(self._known) > MOST_WORDS:
                 self._known.clear()
             tokens = TOKEN.findall(piece.lower())
@@ -68,17 +68,10 @@ class Buckets:
             yield (np.concatenate([single, pairs]) % np.uint64(BUCKETS)).astype(np.int64)
 
 
-def _pieces(text: str | LongString) -> Iterator[str]:
-    """A text cut at white space, where no token goes across, into pieces of LONG characters and a little more."""
-    held: list[str] = []
-    for chunk in chunks_of(text, LONG):
-        blank = BLANK.search(chunk, len(chunk) // 2)
-        if blank is None:
-            held.append(chunk)
-            continue
-        yield "".join([*held, chunk[: blank.start()]])
-        held = [chunk[blank.end() :]]
-    yield "".join(held)
+def _after_a_blank(piece: str) -> int:
+    """A place where no token goes across."""
+    blank = BLANK.search(piece, len(piece) // 2)
+    return blank.end() if blank else 0
 
 
 def bucket_counts(texts: Iterable[str | LongString]) -> np.ndarray:

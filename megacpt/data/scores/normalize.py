@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megacpt.data.scores.beyond_ascii import BeyondAscii
-from megacpt.data.text.long_string import LongString, chunks_of
+from megacpt.data.text.long_string import LongString, chunks_of, cut_at
 
 PUNCTUATION = ("map", "remove", "keep")
 ASCII_FORM = {
@@ -171,7 +171,7 @@ def _sentences(pieces: Iterable[bytes]) -> Sentences:
     """Of one document, whose translated text comes in pieces that may end amid a word."""
     lines: list[bytes] = []
     words, line = 0, []
-    for part in _cut_at_blanks(pieces):
+    for part in cut_at(pieces, _after_a_blank, b""):
         words += _words_in(part := _without_marks(part))
         first, *rest = part.split(b"\n")
         line.append(first)
@@ -182,18 +182,9 @@ def _sentences(pieces: Iterable[bytes]) -> Sentences:
     return Sentences([line for line in lines if line and not line.isspace()], words)
 
 
-def _cut_at_blanks(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same text in other pieces, of whole words."""
-    held: list[bytes] = []
-    for piece in pieces:
-        end = 1 + max(piece.rfind(b" "), piece.rfind(b"\n"))
-        if not end:
-            held.append(piece)
-            continue
-        whole, held = b"".join([*held, piece[:end]]), [piece[end:]]
-        yield whole
-    whole, held = b"".join(held), []
-    yield whole
+def _after_a_blank(piece: bytes) -> int:
+    """A place of normalised text that is within no word."""
+    return 1 + max(piece.rfind(b" "), piece.rfind(b"\n"))
 
 
 def _ascii_table(rules: Normalization) -> bytes:

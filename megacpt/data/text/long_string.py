@@ -7,7 +7,7 @@ MB with a single emoji would be 800 MB.
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,22 @@ class Parts(LongString):
 def chunks_of(text: str | LongString, size: int) -> Iterator[str]:
     """A text cut anywhere, a str into `size` characters."""
     return text.pieces() if isinstance(text, LongString) else (text[i : i + size] for i in range(0, len(text), size))
+
+
+def cut_at[T: (str, bytes)](pieces: Iterable[T], border: Callable[[T], int], empty: T) -> Iterator[T]:
+    """The same text in other pieces, of which all but the last end where `border` finds an end in one; 0 is nowhere."""
+    held: list[T] = []
+    for piece in pieces:
+        end = border(piece)
+        if not end:
+            held.append(piece)
+            continue
+        held.append(piece[:end])
+        whole, held = empty.join(held), [piece[end:]]
+        yield whole
+    # What is held may be large, and is there twice until it is let go of.
+    whole, held = empty.join(held), []
+    yield whole
 
 
 def in_utf8(buffer: Any) -> Utf8String:

@@ -1,4 +1,4 @@
-"""Long texts encoded a piece at a time, to the ids of the whole, so that memory does not grow with a document.
+"""Long texts encoded, and many ids decoded, a piece at a time as if whole: memory does not grow with a document.
 
 A tokenizer needs many times the memory of what it encodes at once. A piece ends between two of its own tokens, a little
 before the end of what was read, and the next piece begins there, amid a word if need be. That the next piece goes on as
