@@ -39,6 +39,8 @@ before=$(python -c 'import torch; print(torch.__version__)')
 pip install --no-cache-dir -c /tmp/pins.txt -r /tmp/wanted.txt
 pip install --no-cache-dir --no-deps -r /tmp/core.txt
 pip install --no-cache-dir --no-deps --no-build-isolation -e .
+# The image may forbid Python to write bytecode, and whoever runs the container to write here.
+python -m compileall -q megacpt kernels tools
 [[ $(python -c 'import torch; print(torch.__version__)') == "$before" ]]
 SCRIPT
 

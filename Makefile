@@ -21,7 +21,10 @@ SOURCES := megacpt kernels tools tests
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
+# Python itself writes no bytecode where PYTHONDONTWRITEBYTECODE is set, as in many containers: every command would then
+# compile its modules anew.
 env: $(STAMP)
+	@$(VENV)/bin/python -m compileall -q megacpt kernels tools
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@found=
