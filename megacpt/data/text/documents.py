@@ -21,6 +21,8 @@ from megacpt.files import sha256_of
 BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
 """Read at once to find the end of a line."""
+PAGE_BYTES = 1 << 20
+"""Read at once of a Parquet column."""
 IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
 PACKED = (".gz", ".zst")
 READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
@@ -242,9 +244,10 @@ class Source:
             if self.end is not None and at >= self.end:
                 self.ended = block.offset
                 return
-            if at >= self.begin and block.offset >= taken:
+            at, within = at + block.consumed, at >= self.begin and block.offset >= taken
+            if within:
                 yield block
-            at += block.consumed
+            del block
         self._sha256 = raw.hexdigest()
 
     def _cut(self, raw: HashingFile) -> Iterator[Block]:
@@ -254,18 +257,24 @@ class Source:
         held_bytes = 0
         try:
             for chunk in chunks_of(self.path, raw):
-                held.append(chunk)
-                held_bytes += len(chunk)
-                if held_bytes < BLOCK_BYTES or b"\n" not in chunk:
+                if held_bytes + len(chunk) < BLOCK_BYTES or b"\n" not in chunk:
+                    held.append(chunk)
+                    held_bytes += len(chunk)
                     continue
-                lines, _, rest = b"".join(held).rpartition(b"\n")
-                yield Block(str(self.path), line, raw.position - accounted, lines, offset=offset)
-                line, offset, accounted = line + lines.count(b"\n") + 1, offset + len(lines) + 1, raw.position
+                last, _, rest = chunk.rpartition(b"\n")
+                lines = b"".join([*held, last])
                 held, held_bytes = [rest], len(rest)
+                block = Block(str(self.path), line, raw.position - accounted, lines, offset=offset)
+                line, offset, accounted = line + lines.count(b"\n") + 1, offset + len(lines) + 1, raw.position
+                # Of a very long line there is one copy, in whoever has the block.
+                del lines
+                yield block
+                del block
         except Damaged as error:
             after = _after("line", line - 1 + sum(chunk.count(b"\n") for chunk in held))
             raise UserError(f"{self.path}: {error} {after}; fetch or write the file again") from error
         rest = b"".join(held)
+        held.clear()
         if rest:
             yield Block(str(self.path), line, raw.position - accounted, rest.removesuffix(b"\n"), offset=offset)
 
@@ -275,7 +284,8 @@ class Source:
 
         row = 0
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as table:
+            # As stated, pages are read one by one, and not a whole column of a row group before the first of them.
+            with pyarrow.parquet.ParquetFile(self.path, buffer_size=PAGE_BYTES, pre_buffer=False) as table:
                 total = table.metadata.num_rows
                 first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)

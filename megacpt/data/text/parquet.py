@@ -25,13 +25,30 @@ def row_blocks(table: Any, keys: Sequence[str], first: int, stop: int, most: int
     present = [key for key in keys if key in table.schema_arrow.names]
     groups, row = _row_groups(table.metadata, first, stop)
     size = _rows_at_once(table.metadata, groups, present, BATCH * most)
-    for batch in table.iter_batches(batch_size=size, row_groups=groups, columns=present):
+    for batch in _batches(table, groups, present, size):
         begin, end = max(0, first - row), min(batch.num_rows, stop - row)
         while begin < end:
             rows = _rows_within(batch.slice(begin, end - begin), most)
             yield row + begin, rows, {key: _values(batch.column(key).slice(begin, rows)) for key in present}
             begin += rows
         row += batch.num_rows
+
+
+def _batches(table: Any, groups: Sequence[int], keys: Sequence[str], rows: int) -> Iterator[Any]:
+    """Rows of row groups, so many at a time."""
+    import pyarrow
+
+    for group in groups:
+        left = table.metadata.row_group(group).num_rows
+        batches = table.iter_batches(batch_size=rows, row_groups=[group], columns=keys)
+        for batch in batches:
+            left -= batch.num_rows
+            if not left:
+                batches.close()
+            # Of a very long value the reader holds pages as well until it is closed, and Arrow whatever it let go of.
+            if batch.nbytes >= long_string.LONG:
+                pyarrow.default_memory_pool().release_unused()
+            yield batch
 
 
 def _row_groups(metadata: Any, first: int, stop: int) -> tuple[list[int], int]:

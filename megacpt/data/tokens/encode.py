@@ -10,6 +10,7 @@ from megacpt.data.text.filtering import digests_of, kept_columns
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import token_dtype
 from megacpt.data.tokens.long_texts import encode_texts
+from megacpt.data.tokens.packed import Packed
 from megacpt.data.tokens.tokenizer import Tokenizer
 
 
@@ -38,7 +39,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Tokens of a block: per key, [tokens] as in `.bin` and int32 [documents] lengths; and what it took.
+    """Tokens of a block: per key, those of all documents and their lengths, int32 [documents]; and what it took.
 
     Attributes:
         tokens: empty once they are held elsewhere.
@@ -47,7 +48,7 @@ class EncodedBlock:
         digests: of the documents, uint64 [documents, 2]; None unless duplicates are to be dropped.
     """
 
-    tokens: list[np.ndarray]
+    tokens: list[Packed]
     lengths: list[np.ndarray]
     text_bytes: list[np.ndarray]
     skipped: Counter[str]
@@ -79,10 +80,6 @@ def encode_block(block: Block, encoding: Encoding, tokenizer: Tokenizer) -> Enco
     digests = None if encoding.dedup == "none" else digests_of(columns[0])
     eod = tokenizer.eod_id if encoding.append_eod else None
     assert eod is not None or not encoding.append_eod, "the tokenizer of a job that appends EOD has one"
-    tokens, lengths, text_bytes = [], [], []
-    for texts in columns:
-        ids, sizes, own_bytes = encode_texts(tokenizer, texts, dtype, eod)
-        tokens.append(ids)
-        lengths.append(sizes)
-        text_bytes.append(own_bytes)
+    encoded = [encode_texts(tokenizer, texts, dtype, eod) for texts in columns]
+    tokens, lengths, text_bytes = map(list, zip(*encoded, strict=True))
     return EncodedBlock(tokens, lengths, text_bytes, skipped, block.consumed, block.size, digests)

@@ -11,10 +11,12 @@ that both hold, for the sake of what cuts a text into words. Text in which no su
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
+from typing import NamedTuple
 
 import numpy as np
 
 from megacpt.data.text.long_string import LongString, Parts, chunks_of
+from megacpt.data.tokens.packed import Packed, narrowed
 from megacpt.data.tokens.tokenizer import Encoded, Tokenizer, sizes_of
 
 LONG = 1 << 21
@@ -32,6 +34,14 @@ BESIDE = 64
 BROKEN = "\ufffd"
 """What bytes that are no character are decoded to."""
 NONE = np.empty(0, np.int32)
+
+
+class EncodedTexts(NamedTuple):
+    """Texts encoded, end to end: of each its tokens, int32 [texts], and its UTF-8 bytes, int64 [texts]."""
+
+    tokens: Packed
+    lengths: np.ndarray
+    text_bytes: np.ndarray
 
 
 @dataclass
@@ -57,8 +67,8 @@ class Piece:
 
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str | LongString], dtype: np.dtype, eod: int | None = None
-) -> Encoded:
-    """`Tokenizer.encode_flat` of texts framed as the tokenizer frames them, with ids in the dtype of a dataset.
+) -> EncodedTexts:
+    """`Tokenizer.encode_flat` of texts framed as the tokenizer frames them, for a dataset of this dtype.
 
     Args:
         eod: ends every text that has tokens.
@@ -66,20 +76,22 @@ def encode_texts(
     short = [text for text in texts if isinstance(text, str) and len(text) <= LONG]
     if len(short) == len(texts):
         encoded = tokenizer.encode_flat(short, add_special_tokens=True)
-        encoded = encoded._replace(ids=encoded.ids.astype(dtype))
-        return encoded if eod is None else _with_eod(encoded, eod)
-    # Grows in place, as arrays that are put together do not.
-    ids = bytearray()
+        encoded = encoded._replace(ids=encoded.ids.astype(dtype, copy=False))
+        ids, own_lengths, text_bytes = encoded if eod is None else _with_eod(encoded, eod)
+        return EncodedTexts(Packed((ids,), dtype), own_lengths, text_bytes)
+    parts: list[np.ndarray] = []
     lengths, sizes = [], []
     for text in texts:
-        begun = len(ids)
+        length = 0
         for part in _encoded(tokenizer, text):
-            ids += part.astype(dtype).data
-        if eod is not None and len(ids) > begun:
-            ids += np.array([eod], dtype).data
-        lengths.append((len(ids) - begun) // dtype.itemsize)
+            parts.append(narrowed(part, dtype))
+            length += len(part)
+        if eod is not None and length:
+            parts.append(narrowed(np.array([eod]), dtype))
+            length += 1
+        lengths.append(length)
         sizes.append(_text_bytes(text))
-    return Encoded(np.frombuffer(ids, dtype), np.array(lengths, np.int32), np.array(sizes))
+    return EncodedTexts(Packed(tuple(parts), dtype), np.array(lengths, np.int32), np.array(sizes))
 
 
 def _text_bytes(text: str | LongString) -> int:

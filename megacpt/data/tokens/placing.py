@@ -47,11 +47,11 @@ class HeldTokens:
         """
         encoded = self._blocks.popleft()
         for key, (path, offset) in enumerate(zip(places.files, places.offsets, strict=True)):
-            tokens = encoded.tokens[key]
-            if places.keep is not None:
-                tokens = tokens[np.repeat(places.keep, encoded.lengths[key])]
-            with disk_errors(path):
-                _write_at(self._file(path), tokens, offset)
+            keep = None if places.keep is None else np.repeat(places.keep, encoded.lengths[key])
+            for tokens in encoded.tokens[key].arrays(keep):
+                with disk_errors(path):
+                    _write_at(self._file(path), tokens, offset)
+                offset += tokens.nbytes
 
     def _file(self, path: Path) -> int:
         if path not in self._files:

@@ -48,6 +48,7 @@ def stream(
             for block in source.pieces(encoding.keys, start):
                 read.append((source, block))
                 yield block
+                del block
             read.append((source, None))
             start = None
 
@@ -72,6 +73,8 @@ def stream(
             progress.update(_totals(work))
             work.note(source, due=True)
             reporting.check()
+            # A block may be one very long document, to be let go of before the next is read.
+            del result, found, block
     next_block()
 
 

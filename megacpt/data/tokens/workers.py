@@ -7,6 +7,7 @@ to the order, which therefore keeps many workers busy.
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from megacpt.data.text import documents
@@ -47,7 +48,8 @@ def encode_with(encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]]) -> 
 
 def encode_here(encoding: Encoding, tokenizer: Tokenizer) -> AbstractContextManager[Encode]:
     """In this process."""
-    return encode_with(lambda blocks: (encode_block(block, encoding, tokenizer) for block in blocks))
+    # `map`, unlike a loop, has let go of a block before it asks for the next.
+    return encode_with(partial(map, partial(encode_block, encoding=encoding, tokenizer=tokenizer)))
 
 
 @contextmanager
@@ -66,7 +68,10 @@ class _Here:
 
     def run(self, blocks: Iterable[Block]) -> Generator[EncodedBlock, None, None]:
         for encoded in self._encode(blocks):
-            yield self._tokens.hold(encoded)
+            held = self._tokens.hold(encoded)
+            # The tokens go when they are written, before the next block is encoded.
+            del encoded
+            yield held
 
     def write(self, places: Places) -> None:
         self._tokens.write(places)

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from megacpt import __version__
-from megacpt.data.text import documents
+from megacpt.data.text import documents, long_string
 from megacpt.data.text.provenance import InputFile
 from megacpt.data.tokens.encode import Encoding
 from megacpt.data.tokens.indexed import IndexedDataset, bin_path, idx_path
@@ -128,6 +129,25 @@ def test_every_format_gives_the_same_bytes(tmp_path):
         prefixes += preprocess(job([tmp_path / name], tmp_path / f"out{number}", tokenizer))
     assert len(prefixes) == 4
     assert all(same(prefixes[0], prefix) for prefix in prefixes[1:])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_very_long_documents_one_is_held_at_a_time(tmp_path, packed):
+    tokenizer = write_tokenizer(tmp_path)
+    line = json.dumps({"text": "some words of the text " * 800_000}).encode() + b"\n"
+    assert len(line) > long_string.LONG
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    peaks = []
+    for count in (1, 3):
+        path.write_bytes(count * (gzip.compress(line, 1) if packed else line))
+        tracemalloc.start()
+        try:
+            (made,) = preprocess(job([path], tmp_path / f"out{count}", tokenizer)).values()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert made.documents == count
+    assert peaks[1] < peaks[0] + 0.3 * len(line)
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
