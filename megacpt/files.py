@@ -15,6 +15,9 @@ from megacpt.errors import DiskError, UserError
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
+LARGEST_RECORD = 1 << 26
+"""Bytes; a record names each input in about 150."""
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -143,6 +146,17 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != form:
         raise ValueError(f"its format is not {form!r}")
     return found
+
+
+def is_record(path: Path) -> bool:
+    """Whether `path`, a `.json`, is the record that this package wrote beside a file that is there (`json_beside`)."""
+    if not path.with_suffix("").is_file() or path.stat().st_size > LARGEST_RECORD:
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith("megacpt ")
 
 
 def sha256_of(path: Path) -> str:
