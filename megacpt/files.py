@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -44,6 +44,24 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
+
+
+def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse outputs that are inputs or one another, before anything is replaced.
+
+    Raises:
+        UserError: such an output, or one that is a folder.
+    """
+    read, written = {path.resolve() for path in inputs}, set[Path]()
+    for path in outputs:
+        place = path.resolve()
+        if place in read:
+            raise UserError(f"{path}: is read by this command, which would replace it; choose another place to write")
+        if place in written:
+            raise UserError(f"{path}: would be written twice; give each output a name of its own")
+        if place.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file in it")
+        written.add(place)
 
 
 def lock(path: Path, what: str) -> IO[str]:

@@ -246,6 +246,39 @@ def test_bad_commands(small: Path, tmp_path: Path, refuse: Refuse, words: str, o
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "output", "options"),
+    [
+        ("corpus.jsonl: is read by this command", "corpus.jsonl", ["--input", "corpus.jsonl"]),
+        ("model.arpa: is read by this command", "model.arpa", ["--input", "corpus.jsonl"]),
+        ("model.arpa.json: is read by this command", "model.arpa.json", ["--input", "corpus.jsonl"]),
+        (
+            "data_text_document.json: is read by this command",
+            "data_text_document",
+            ["--data", "data_text_document", "--tokenizer-model", "tokenizer.model"],
+        ),
+        (
+            "reference.jsonl: is read by this command",
+            "reference.jsonl",
+            ["--input", "corpus.jsonl", "--scorer", "dsir", "--reference", "reference.jsonl"],
+        ),
+        ("corpus.jsonl: is read by this command", "out", ["--input", "corpus.jsonl", "--plot", "corpus.jsonl"]),
+        ("out: would be written twice", "out", ["--input", "corpus.jsonl", "--plot", "out"]),
+        ("folder: is a folder", "folder", ["--input", "corpus.jsonl"]),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    small: Path, tmp_path: Path, refuse: Refuse, words: str, output: str, options: list[str]
+) -> None:
+    prepare_mistakes(small, tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    named = [option if option.startswith("--") or option == "dsir" else tmp_path / option for option in options]
+    model = [] if "dsir" in options else ["--model", tmp_path / "model.arpa"]
+    refuse(words, "score", *named, *model, "--output", tmp_path / output, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def prepare_mistakes(small: Path, folder: Path) -> None:
     for path in small.iterdir():
         if path.is_file():

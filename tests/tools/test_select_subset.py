@@ -1,6 +1,7 @@
 """The command line that selects."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -131,6 +132,30 @@ def test_bad_commands(scored: Path, tmp_path: Path, refuse: Refuse, words: str, 
     placed = {key: scored / value if value and key in places else value for key, value in options.items()}
     refuse(words, "select_subset", *arguments(scored, tmp_path / "s", **placed))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "output", "options"),
+    [
+        ("scores: is read by this command", "scores", {}),
+        ("data_text_document.json: is read by this command", "data_text_document", {}),
+        ("scores: is read by this command", "s", {"plot": "scores"}),
+        ("s.json: would be written twice", "s", {"materialize": "s"}),
+        ("s: would be written twice", "s", {"plot": "s"}),
+        ("folder: is a folder", "folder", {}),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    scored: Path, tmp_path: Path, refuse: Refuse, words: str, output: str, options: dict[str, str]
+) -> None:
+    for path in scored.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    placed = {key: tmp_path / value for key, value in options.items()}
+    refuse(words, "select_subset", *arguments(tmp_path, tmp_path / output, **placed), "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a place where no file can be made")

@@ -110,6 +110,25 @@ def test_bad_commands(small: Path, tmp_path: Path, refuse: Refuse, words: str, o
     assert [path.name for path in tmp_path.iterdir()] == ["reference.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        ("reference.jsonl: is read by this command", "reference.jsonl"),
+        ("text.json: is read by this command", "text"),
+        ("exam.jsonl: is read by this command", "exam.jsonl"),
+        ("folder: is a folder", "folder"),
+    ],
+)
+def test_what_is_read_is_not_replaced(small: Path, tmp_path: Path, refuse: Refuse, words: str, output: str) -> None:
+    for name in ("reference.jsonl", "text.json", "exam.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    given = ["--input", tmp_path / "reference.jsonl", tmp_path / "text.json", "--eval-set", tmp_path / "exam.jsonl"]
+    refuse(words, "train_kenlm", *given, "--order", "2", "--output", tmp_path / output, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def test_what_building_needs_is_named(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse, run: Run
 ) -> None:

@@ -22,7 +22,7 @@ from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, disk_errors, json_beside, make_folder, sha256_of
+from megacpt.files import atomic_write, disk_errors, json_beside, keep_apart, make_folder, sha256_of
 
 TRAINERS = ("auto", "lmplz", "python")
 STRUCTURES = {"probing": ["probing"], "trie": ["trie"], "quantized_trie": ["-q", "8", "-b", "8", "trie"]}
@@ -64,6 +64,7 @@ def train(job: TrainJob) -> ModelRecord:
     """
     _check(job)
     paths = find_inputs(job.inputs)
+    keep_apart([job.output, json_beside(job.output)], [*paths, *job.eval_sets])
     evaluation = Evaluation(job.eval_sets, job.ngram, job.eval_keys) if job.eval_sets else None
     make_folder(job.output.parent)
     with disk_errors(job.output), tempfile.TemporaryDirectory(dir=job.output.parent, prefix=".kenlm-") as scratch:
