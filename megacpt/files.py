@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
 from megacpt.errors import DiskError, UserError
 
@@ -164,6 +165,33 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != form:
         raise ValueError(f"its format is not {form!r}")
     return found
+
+
+def read_as[Kind](kind: type[Kind], path: Path, form: str) -> Kind:
+    """As `read_json`, put into a dataclass.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError, ValueError, TypeError: it cannot be read, or its fields are not those of `kind` or not of their types.
+    """
+    values, hints = read_json(path, form), get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ValueError(f"{name!r} is of the wrong type")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type as dataclasses are annotated with: plain ones, lists, dicts, unions."""
+    if hint is Any:
+        return True
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    # bool is a subclass of int, and a whole number is a float in JSON.
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+        return False
+    return not inner or all(_fits(item, inner[-1]) for item in (value.values() if kind is dict else value))
 
 
 def is_record(path: Path) -> bool:

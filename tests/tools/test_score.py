@@ -212,6 +212,7 @@ def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
         ("KenLM cannot load this model", ["--input", "corpus.jsonl", "--model", "junk", "--normalization", "ccnet"]),
         ("without bare.json nothing says how", ["--input", "corpus.jsonl", "--model", "bare"]),
         ("not the model that edited.json describes", ["--input", "corpus.jsonl", "--model", "edited"]),
+        ("overlap.json: not the record of a KenLM model ('overlap' ", ["--input", "corpus.jsonl", "--model", "overlap"]),
         ("was trained on text", ["--input", "corpus.jsonl", "--model", "model.arpa", "--normalization", "lowercase"]),
         ("--normalization up: 'up' is not", ["--input", "corpus.jsonl", "--model", "bare", "--normalization", "up"]),
         ("needs --reference", ["--input", "corpus.jsonl", "--scorer", "dsir"]),
@@ -287,6 +288,9 @@ def prepare_mistakes(small: Path, folder: Path) -> None:
     shutil.copy(small / "model.arpa", folder / "bare")
     (folder / "edited").write_bytes((small / "model.arpa").read_bytes() + b"\n")
     shutil.copy(small / "model.arpa.json", folder / "edited.json")
+    shutil.copy(small / "model.arpa", folder / "overlap")
+    record = json.loads((small / "model.arpa.json").read_text())
+    (folder / "overlap.json").write_text(json.dumps(record | {"overlap": "none"}))
     (folder / "nan.jsonl").write_text('{"text": "a", "q": 1}\n{"text": "b", "q": NaN}\n')
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{bad\n')
     (folder / "empty.jsonl").write_text("\n")

@@ -190,6 +190,19 @@ def test_scores_that_do_not_belong(scored: Path, tmp_path: Path, run: Run, refus
     with_scores(values, "scores of another dataset", inputs=None, dataset=dataset)
     dataset = {**dataset, "tokenizer": {**tokenizer, "sha256": "1" * 64}}
     with_scores(values, "of another tokenizer (sha256 111111111111)", inputs=None, dataset=dataset)
+    for field, value in [
+        ("documents", str(len(values))),
+        ("direction", "sideways"),
+        ("scorer", "kenlm"),
+        ("scorer", {}),
+        ("scorer", {"name": "kenlm", "overlap": [{"x": 1}]}),
+        ("inputs", [{"name": "corpus.jsonl"}]),
+        ("dataset", {"digest": "0"}),
+        ("filters", ["dedup"]),
+    ]:
+        (tmp_path / "scores.json").write_text(json.dumps({**asdict(manifest), field: value}))
+        refuse(f"not a manifest of scores ('{field}' ", "select_subset", *given)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s.") or path.name == "s"] == []
     (tmp_path / "scores.json").write_text("[]")
     refuse("not a manifest of scores", "select_subset", *given)
     (tmp_path / "scores.json").unlink()

@@ -18,7 +18,7 @@ from megacpt.data.scores.kenlm_build import import_kenlm
 from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
 from megacpt.data.text.long_string import LongString
 from megacpt.errors import UserError
-from megacpt.files import json_beside, read_json, sha256_of, write_json
+from megacpt.files import json_beside, read_as, sha256_of, write_json
 
 FORMAT = "megacpt kenlm model 1"
 
@@ -61,12 +61,12 @@ def read_record(model: Path) -> ModelRecord | None:
     """
     path = json_beside(model)
     try:
-        found = read_json(path, FORMAT)
-        normalization_from(found["normalization"])
-        return ModelRecord(**found)
+        found = read_as(ModelRecord, path, FORMAT)
+        normalization_from(found.normalization)
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the record of a KenLM model ({error}); train the model again") from error
 
 

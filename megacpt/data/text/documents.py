@@ -128,7 +128,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _is_manifest(path: Path) -> bool:
-    """Whether this is what was written beside a dataset, a model, scores or a subset in the folder, rather than text."""
+    """Whether this was written beside a dataset, a model, scores or a subset in the same folder, rather than text."""
     return path.suffix == ".json" and (path.with_suffix(".idx").exists() or is_record(path))
 
 
