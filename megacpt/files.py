@@ -187,9 +187,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if isinstance(hint, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
-    kind, inner = get_origin(hint) or hint, get_args(hint)
+    kind: Any = get_origin(hint) or hint
+    inner = get_args(hint)
+    kinds = (int, float) if kind is float else (kind,)
     # bool is a subclass of int, and a whole number is a float in JSON.
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+    if isinstance(value, bool) != (kind is bool) or not issubclass(type(value), kinds):
         return False
     return not inner or all(_fits(item, inner[-1]) for item in (value.values() if kind is dict else value))
 

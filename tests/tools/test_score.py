@@ -212,7 +212,7 @@ def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
         ("KenLM cannot load this model", ["--input", "corpus.jsonl", "--model", "junk", "--normalization", "ccnet"]),
         ("without bare.json nothing says how", ["--input", "corpus.jsonl", "--model", "bare"]),
         ("not the model that edited.json describes", ["--input", "corpus.jsonl", "--model", "edited"]),
-        ("overlap.json: not the record of a KenLM model ('overlap' ", ["--input", "corpus.jsonl", "--model", "overlap"]),
+        ("overlap.json: not the record of a KenLM model ('o", ["--input", "corpus.jsonl", "--model", "overlap"]),
         ("was trained on text", ["--input", "corpus.jsonl", "--model", "model.arpa", "--normalization", "lowercase"]),
         ("--normalization up: 'up' is not", ["--input", "corpus.jsonl", "--model", "bare", "--normalization", "up"]),
         ("needs --reference", ["--input", "corpus.jsonl", "--scorer", "dsir"]),

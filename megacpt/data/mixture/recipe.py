@@ -192,7 +192,7 @@ def named_blend(blend: Iterable[str | float]) -> dict[str, tuple[float, str]]:
     """Megatron's `W1 P1 W2 P2 ...` (or `P1`, alone) as name -> (weight, prefix); a name is the end of its prefix.
 
     Raises:
-        UserError: weights and prefixes do not alternate, a weight is no number of 0 or more, none is positive, or a prefix
+        UserError: weights and prefixes do not alternate, a weight is no number of 0 or more, all are 0, or a prefix
             comes twice.
     """
     parts = list(blend)
