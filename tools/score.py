@@ -28,6 +28,7 @@ from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import bin_path, idx_path
 from megacpt.data.tokens.manifest import manifest_path
 from megacpt.data.tokens.pool import ENGINES
+from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES
 from megacpt.errors import UserError, exit_code
 from megacpt.files import json_beside, keep_apart
 
@@ -42,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     corpus.add_argument("--input", nargs="+", metavar="FILE|DIR|GLOB", help="text, as given to tools/preprocess.py")
     corpus.add_argument("--data", metavar="PREFIX", help="a token dataset, to be decoded")
     add("--tokenizer-model", metavar="PATH", help="the tokenizer that made --data")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, help="of a --data without a manifest: kind of its tokenizer")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="as in preprocessing; the first is scored")
     add("--skip-invalid", action="store_true", help="as in preprocessing")
     add("--min-chars", type=int, default=0, metavar="N", help="as in preprocessing")
@@ -117,7 +119,7 @@ def open_corpus(options: argparse.Namespace) -> Corpus:
         return TextFiles(tuple(options.input), tuple(options.json_keys), filters)
     if options.tokenizer_model is None:
         raise UserError("--data needs --tokenizer-model, the tokenizer that made it, to decode the documents")
-    return TokenDataset(options.data, options.tokenizer_model)
+    return TokenDataset(options.data, options.tokenizer_model, options.tokenizer_type)
 
 
 def files_read(options: argparse.Namespace) -> list[Path]:

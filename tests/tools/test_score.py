@@ -19,7 +19,7 @@ import pytest
 from megacpt.data.scores import normalize
 from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization, normalizer
-from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
 from tests.tools.conftest import TEXTS, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +128,33 @@ def test_a_token_dataset_is_decoded(small: Path, tmp_path: Path, run: Run) -> No
     assert (
         run("score", *data, "--scorer", "dsir", "--reference", small / "reference.jsonl", *base, tmp_path / "d")[0] == 0
     )
+
+
+def test_a_token_dataset_of_another_tool(small: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
+    for suffix in ("bin", "idx"):
+        shutil.copy(small / f"data_text_document.{suffix}", tmp_path / f"bare.{suffix}")
+    base = ["--tokenizer-model", small / "tokenizer.model", "--model", small / "model.arpa", "--output"]
+    bare, kind = ["--data", tmp_path / "bare", *base, tmp_path / "bare.scores"], "SentencePieceTokenizer"
+    refuse(
+        "bare.json: without a manifest nothing says of which kind its tokenizer is; say it with --tok", "score", *bare
+    )
+    refuse("not a SentencePiece model", "score", *bare[:3], small / "corpus.jsonl", *bare[4:], "--tokenizer-type", kind)
+    code, _, err = run("score", *bare, "--tokenizer-type", kind)
+    assert code == 0, err
+    assert run("score", "--data", small / "data_text_document", *base, tmp_path / "full.scores")[0] == 0
+    assert (tmp_path / "bare.scores").read_bytes() == (tmp_path / "full.scores").read_bytes()
+    chosen = ["--tokens", "1K", "--order", "lowest", "--output", tmp_path / "subset"]
+    assert run("select_subset", "--data", tmp_path / "bare", "--scores", tmp_path / "bare.scores", *chosen)[0] == 0
+    other = ["--data", small / "data_text_document", *base, tmp_path / "s", "--tokenizer-type", "HuggingFaceTokenizer"]
+    refuse("was made with a SentencePieceTokenizer", "score", *other)
+
+
+def test_tokens_that_a_tokenizer_does_not_have(small: Path, tmp_path: Path, refuse: Refuse) -> None:
+    write_dataset(tmp_path / "data", np.dtype(np.uint16), [np.array([5, 6]), np.array([7, 400])])
+    given = ["--data", tmp_path / "data", "--tokenizer-type", "SentencePieceTokenizer", "--output", tmp_path / "s"]
+    given += ["--tokenizer-model", small / "tokenizer.model", "--model", small / "model.arpa"]
+    refuse("document 1 holds token 400, but", "score", *given)
+    assert not list(tmp_path.glob("s*"))
 
 
 def test_kill_9_and_again(small: Path, tmp_path: Path, run: Run) -> None:
