@@ -149,6 +149,15 @@ def test_a_token_dataset_of_another_tool(small: Path, tmp_path: Path, run: Run, 
     refuse("was made with a SentencePieceTokenizer", "score", *other)
 
 
+def test_a_packed_model(small: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "m.arpa.gz").write_bytes(gzip.compress((small / "model.arpa").read_bytes()))
+    given = ["--input", small / "corpus.jsonl", "--model", tmp_path / "m.arpa.gz", "--normalization", "ccnet"]
+    code, _, err = run("score", *given, "--output", tmp_path / "s")
+    # KenLM reads it where it was built with zlib.
+    told = "error: " + str(tmp_path / "m.arpa.gz") + ": KenLM cannot load this model as it is packed; unpack it\n"
+    assert (code, err) in ((0, ""), (2, told))
+
+
 def test_tokens_that_a_tokenizer_does_not_have(small: Path, tmp_path: Path, refuse: Refuse) -> None:
     write_dataset(tmp_path / "data", np.dtype(np.uint16), [np.array([5, 6]), np.array([7, 400])])
     given = ["--data", tmp_path / "data", "--tokenizer-type", "SentencePieceTokenizer", "--output", tmp_path / "s"]
