@@ -5,15 +5,19 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
 from megacpt.errors import DiskError, UserError
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+LARGEST_RECORD = 1 << 26
+"""Bytes; a record names each input in about 150."""
 
 
 @contextmanager
@@ -41,6 +45,24 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another place") from error
+
+
+def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse outputs that are inputs or one another, before anything is replaced.
+
+    Raises:
+        UserError: such an output, or one that is a folder.
+    """
+    read, written = {path.resolve() for path in inputs}, set[Path]()
+    for path in outputs:
+        place = path.resolve()
+        if place in read:
+            raise UserError(f"{path}: is read by this command, which would replace it; choose another place to write")
+        if place in written:
+            raise UserError(f"{path}: would be written twice; give each output a name of its own")
+        if place.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file in it")
+        written.add(place)
 
 
 def lock(path: Path, what: str) -> IO[str]:
@@ -143,6 +165,46 @@ def read_json(path: Path, form: str) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != form:
         raise ValueError(f"its format is not {form!r}")
     return found
+
+
+def read_as[Kind](kind: type[Kind], path: Path, form: str) -> Kind:
+    """As `read_json`, put into a dataclass.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError, ValueError, TypeError: it cannot be read, or its fields are not those of `kind` or not of their types.
+    """
+    values, hints = read_json(path, form), get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ValueError(f"{name!r} is of the wrong type")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type as dataclasses are annotated with: plain ones, lists, dicts, unions."""
+    if hint is Any:
+        return True
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    kind: Any = get_origin(hint) or hint
+    inner = get_args(hint)
+    kinds = (int, float) if kind is float else (kind,)
+    # bool is a subclass of int, and a whole number is a float in JSON.
+    if isinstance(value, bool) != (kind is bool) or not issubclass(type(value), kinds):
+        return False
+    return not inner or all(_fits(item, inner[-1]) for item in (value.values() if kind is dict else value))
+
+
+def is_record(path: Path) -> bool:
+    """Whether `path`, a `.json`, is the record that this package wrote beside a file that is there (`json_beside`)."""
+    if not path.with_suffix("").is_file() or path.stat().st_size > LARGEST_RECORD:
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and str(found.get("format")).startswith("megacpt ")
 
 
 def sha256_of(path: Path) -> str:

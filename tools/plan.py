@@ -14,8 +14,8 @@ from typing import Any
 
 from megacpt.config.load import load_config
 from megacpt.data.mixture.ledger import Entry, ledger, ledger_table, table
-from megacpt.errors import exit_code
-from megacpt.files import write_json
+from megacpt.errors import UserError, exit_code
+from megacpt.files import keep_apart, write_json
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,6 +34,10 @@ def plan(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: whatever in the configuration or the data cannot work.
     """
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size {options.world_size}: give the number of ranks to plan for, at least 1")
+    if options.json is not None:
+        keep_apart([options.json], [Path(options.config)])
     # Late: a wrong key should be told before torch is loaded.
     config = load_config(options.config, options.overrides)
     from megacpt.data.samples.blended import BlendedDataset

@@ -22,10 +22,15 @@ from megacpt.data.scores.score_run import ScoreJob, score
 from megacpt.data.scores.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
 from megacpt.data.scores.scores import ScoresManifest, map_values
 from megacpt.data.scores.scoring import ScorerSpec
+from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import DEDUP
 from megacpt.data.text.provenance import Filters
+from megacpt.data.tokens.indexed import bin_path, idx_path
+from megacpt.data.tokens.manifest import manifest_path
 from megacpt.data.tokens.pool import ENGINES
+from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES
 from megacpt.errors import UserError, exit_code
+from megacpt.files import json_beside, keep_apart
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,6 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     corpus.add_argument("--input", nargs="+", metavar="FILE|DIR|GLOB", help="text, as given to tools/preprocess.py")
     corpus.add_argument("--data", metavar="PREFIX", help="a token dataset, to be decoded")
     add("--tokenizer-model", metavar="PATH", help="the tokenizer that made --data")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, help="of a --data without a manifest: kind of its tokenizer")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="as in preprocessing; the first is scored")
     add("--skip-invalid", action="store_true", help="as in preprocessing")
     add("--min-chars", type=int, default=0, metavar="N", help="as in preprocessing")
@@ -76,6 +82,8 @@ def run(options: argparse.Namespace) -> ScoresManifest:
     if options.plot is not None:
         check_plotting()
     corpus = open_corpus(options)
+    plot = [] if options.plot is None else [options.plot]
+    keep_apart([options.output, json_beside(options.output), *plot], files_read(options))
     kind, _, name = options.scorer.partition(":")
     spec: ScorerSpec
     if kind == "kenlm" and not name:
@@ -111,7 +119,16 @@ def open_corpus(options: argparse.Namespace) -> Corpus:
         return TextFiles(tuple(options.input), tuple(options.json_keys), filters)
     if options.tokenizer_model is None:
         raise UserError("--data needs --tokenizer-model, the tokenizer that made it, to decode the documents")
-    return TokenDataset(options.data, options.tokenizer_model)
+    return TokenDataset(options.data, options.tokenizer_model, options.tokenizer_type)
+
+
+def files_read(options: argparse.Namespace) -> list[Path]:
+    """Every file that scoring as the options say reads."""
+    texts = [path for patterns in (options.input or [], options.reference) for path in find_inputs(patterns)]
+    data = [] if options.data is None else [path(options.data) for path in (bin_path, idx_path, manifest_path)]
+    model = [] if options.model is None else [options.model, json_beside(options.model)]
+    tokenizer = [] if options.tokenizer_model is None else [Path(options.tokenizer_model)]
+    return [*texts, *data, *model, *tokenizer, *options.eval_set]
 
 
 def normalization(text: str | None) -> Normalization | None:

@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> Selected:
         materialize=options.materialize,
         eval_sets=tuple(options.eval_set),
         overwrite=options.overwrite,
+        plot=options.plot,
     )
     selected = select(job)
     for warning in selected.warnings:

@@ -59,6 +59,8 @@ def _check_phase(where: str, phase: Phase, named: Mapping[str, SourceSection]) -
     unknown = [name for name in phase.weights or () if name not in named]
     if unknown:
         raise UserError(f"{where}.weights: there is no source '{unknown[0]}'; data.sources has {', '.join(named)}")
+    if phase.weights is not None and not any(phase.weights.values()):
+        raise UserError(f"{where}.weights: every weight is 0; give at least one source a positive weight")
 
 
 def open_corpora(named: Mapping[str, SourceSection]) -> dict[str, Corpus]:

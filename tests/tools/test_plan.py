@@ -51,3 +51,12 @@ def test_overrides_and_mistakes(plan: ModuleType, config: Path, capsys: Any):
     assert plan.main(["--config", str(config), "data.mixture.pass_tokens=100K"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data.sources.general: a pass of the mixture takes 24,992 tokens of it, but it has ")
+    content = config.read_bytes()
+    for options, message in [
+        (["--json", str(config)], f"error: {config}: is read by this command"),
+        (["--world-size", "0"], "error: --world-size 0: "),
+        (["--world-size", "-2"], "error: --world-size -2: "),
+    ]:
+        assert plan.main(["--config", str(config), *options]) == 2
+        assert capsys.readouterr().err.startswith(message)
+    assert config.read_bytes() == content

@@ -19,7 +19,7 @@ import pytest
 from megacpt.data.scores import normalize
 from megacpt.data.scores.kenlm_model import PerplexityScorer
 from megacpt.data.scores.normalize import Normalization, normalizer
-from megacpt.data.tokens.indexed import IndexedDataset
+from megacpt.data.tokens.indexed import IndexedDataset, write_dataset
 from tests.tools.conftest import TEXTS, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,42 @@ def test_a_token_dataset_is_decoded(small: Path, tmp_path: Path, run: Run) -> No
     )
 
 
+def test_a_token_dataset_of_another_tool(small: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
+    for suffix in ("bin", "idx"):
+        shutil.copy(small / f"data_text_document.{suffix}", tmp_path / f"bare.{suffix}")
+    base = ["--tokenizer-model", small / "tokenizer.model", "--model", small / "model.arpa", "--output"]
+    bare, kind = ["--data", tmp_path / "bare", *base, tmp_path / "bare.scores"], "SentencePieceTokenizer"
+    refuse(
+        "bare.json: without a manifest nothing says of which kind its tokenizer is; say it with --tok", "score", *bare
+    )
+    refuse("not a SentencePiece model", "score", *bare[:3], small / "corpus.jsonl", *bare[4:], "--tokenizer-type", kind)
+    code, _, err = run("score", *bare, "--tokenizer-type", kind)
+    assert code == 0, err
+    assert run("score", "--data", small / "data_text_document", *base, tmp_path / "full.scores")[0] == 0
+    assert (tmp_path / "bare.scores").read_bytes() == (tmp_path / "full.scores").read_bytes()
+    chosen = ["--tokens", "1K", "--order", "lowest", "--output", tmp_path / "subset"]
+    assert run("select_subset", "--data", tmp_path / "bare", "--scores", tmp_path / "bare.scores", *chosen)[0] == 0
+    other = ["--data", small / "data_text_document", *base, tmp_path / "s", "--tokenizer-type", "HuggingFaceTokenizer"]
+    refuse("was made with a SentencePieceTokenizer", "score", *other)
+
+
+def test_a_packed_model(small: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "m.arpa.gz").write_bytes(gzip.compress((small / "model.arpa").read_bytes()))
+    given = ["--input", small / "corpus.jsonl", "--model", tmp_path / "m.arpa.gz", "--normalization", "ccnet"]
+    code, _, err = run("score", *given, "--output", tmp_path / "s")
+    # KenLM reads it where it was built with zlib.
+    told = "error: " + str(tmp_path / "m.arpa.gz") + ": KenLM cannot load this model as it is packed; unpack it\n"
+    assert (code, err) in ((0, ""), (2, told))
+
+
+def test_tokens_that_a_tokenizer_does_not_have(small: Path, tmp_path: Path, refuse: Refuse) -> None:
+    write_dataset(tmp_path / "data", np.dtype(np.uint16), [np.array([5, 6]), np.array([7, 400])])
+    given = ["--data", tmp_path / "data", "--tokenizer-type", "SentencePieceTokenizer", "--output", tmp_path / "s"]
+    given += ["--tokenizer-model", small / "tokenizer.model", "--model", small / "model.arpa"]
+    refuse("document 1 holds token 400, but", "score", *given)
+    assert not list(tmp_path.glob("s*"))
+
+
 def test_kill_9_and_again(small: Path, tmp_path: Path, run: Run) -> None:
     corpus = tmp_path / "big.jsonl"
     corpus.write_bytes((small / "corpus.jsonl").read_bytes() * 40)
@@ -212,6 +248,7 @@ def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
         ("KenLM cannot load this model", ["--input", "corpus.jsonl", "--model", "junk", "--normalization", "ccnet"]),
         ("without bare.json nothing says how", ["--input", "corpus.jsonl", "--model", "bare"]),
         ("not the model that edited.json describes", ["--input", "corpus.jsonl", "--model", "edited"]),
+        ("overlap.json: not the record of a KenLM model ('o", ["--input", "corpus.jsonl", "--model", "overlap"]),
         ("was trained on text", ["--input", "corpus.jsonl", "--model", "model.arpa", "--normalization", "lowercase"]),
         ("--normalization up: 'up' is not", ["--input", "corpus.jsonl", "--model", "bare", "--normalization", "up"]),
         ("needs --reference", ["--input", "corpus.jsonl", "--scorer", "dsir"]),
@@ -246,6 +283,39 @@ def test_bad_commands(small: Path, tmp_path: Path, refuse: Refuse, words: str, o
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "output", "options"),
+    [
+        ("corpus.jsonl: is read by this command", "corpus.jsonl", ["--input", "corpus.jsonl"]),
+        ("model.arpa: is read by this command", "model.arpa", ["--input", "corpus.jsonl"]),
+        ("model.arpa.json: is read by this command", "model.arpa.json", ["--input", "corpus.jsonl"]),
+        (
+            "data_text_document.json: is read by this command",
+            "data_text_document",
+            ["--data", "data_text_document", "--tokenizer-model", "tokenizer.model"],
+        ),
+        (
+            "reference.jsonl: is read by this command",
+            "reference.jsonl",
+            ["--input", "corpus.jsonl", "--scorer", "dsir", "--reference", "reference.jsonl"],
+        ),
+        ("corpus.jsonl: is read by this command", "out", ["--input", "corpus.jsonl", "--plot", "corpus.jsonl"]),
+        ("out: would be written twice", "out", ["--input", "corpus.jsonl", "--plot", "out"]),
+        ("folder: is a folder", "folder", ["--input", "corpus.jsonl"]),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    small: Path, tmp_path: Path, refuse: Refuse, words: str, output: str, options: list[str]
+) -> None:
+    prepare_mistakes(small, tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    named = [option if option.startswith("--") or option == "dsir" else tmp_path / option for option in options]
+    model = [] if "dsir" in options else ["--model", tmp_path / "model.arpa"]
+    refuse(words, "score", *named, *model, "--output", tmp_path / output, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def prepare_mistakes(small: Path, folder: Path) -> None:
     for path in small.iterdir():
         if path.is_file():
@@ -254,6 +324,9 @@ def prepare_mistakes(small: Path, folder: Path) -> None:
     shutil.copy(small / "model.arpa", folder / "bare")
     (folder / "edited").write_bytes((small / "model.arpa").read_bytes() + b"\n")
     shutil.copy(small / "model.arpa.json", folder / "edited.json")
+    shutil.copy(small / "model.arpa", folder / "overlap")
+    record = json.loads((small / "model.arpa.json").read_text())
+    (folder / "overlap.json").write_text(json.dumps(record | {"overlap": "none"}))
     (folder / "nan.jsonl").write_text('{"text": "a", "q": 1}\n{"text": "b", "q": NaN}\n')
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{bad\n')
     (folder / "empty.jsonl").write_text("\n")

@@ -1,6 +1,7 @@
 """The command line that selects."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -133,6 +134,30 @@ def test_bad_commands(scored: Path, tmp_path: Path, refuse: Refuse, words: str, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "output", "options"),
+    [
+        ("scores: is read by this command", "scores", {}),
+        ("data_text_document.json: is read by this command", "data_text_document", {}),
+        ("scores: is read by this command", "s", {"plot": "scores"}),
+        ("s.json: would be written twice", "s", {"materialize": "s"}),
+        ("s: would be written twice", "s", {"plot": "s"}),
+        ("folder: is a folder", "folder", {}),
+    ],
+)
+def test_what_is_read_is_not_replaced(
+    scored: Path, tmp_path: Path, refuse: Refuse, words: str, output: str, options: dict[str, str]
+) -> None:
+    for path in scored.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    placed = {key: tmp_path / value for key, value in options.items()}
+    refuse(words, "select_subset", *arguments(tmp_path, tmp_path / output, **placed), "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a place where no file can be made")
 def test_where_no_file_can_be_made(scored: Path, refuse: Refuse) -> None:
     refuse("choose another place", "select_subset", *arguments(scored, Path("/proc/subset")))
@@ -165,6 +190,19 @@ def test_scores_that_do_not_belong(scored: Path, tmp_path: Path, run: Run, refus
     with_scores(values, "scores of another dataset", inputs=None, dataset=dataset)
     dataset = {**dataset, "tokenizer": {**tokenizer, "sha256": "1" * 64}}
     with_scores(values, "of another tokenizer (sha256 111111111111)", inputs=None, dataset=dataset)
+    for field, value in [
+        ("documents", str(len(values))),
+        ("direction", "sideways"),
+        ("scorer", "kenlm"),
+        ("scorer", {}),
+        ("scorer", {"name": "kenlm", "overlap": [{"x": 1}]}),
+        ("inputs", [{"name": "corpus.jsonl"}]),
+        ("dataset", {"digest": "0"}),
+        ("filters", ["dedup"]),
+    ]:
+        (tmp_path / "scores.json").write_text(json.dumps({**asdict(manifest), field: value}))
+        refuse(f"not a manifest of scores ('{field}' ", "select_subset", *given)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s.") or path.name == "s"] == []
     (tmp_path / "scores.json").write_text("[]")
     refuse("not a manifest of scores", "select_subset", *given)
     (tmp_path / "scores.json").unlink()

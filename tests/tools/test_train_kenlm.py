@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,25 @@ def test_bad_commands(small: Path, tmp_path: Path, refuse: Refuse, words: str, o
     assert [path.name for path in tmp_path.iterdir()] == ["reference.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        ("reference.jsonl: is read by this command", "reference.jsonl"),
+        ("text.json: is read by this command", "text"),
+        ("exam.jsonl: is read by this command", "exam.jsonl"),
+        ("folder: is a folder", "folder"),
+    ],
+)
+def test_what_is_read_is_not_replaced(small: Path, tmp_path: Path, refuse: Refuse, words: str, output: str) -> None:
+    for name in ("reference.jsonl", "text.json", "exam.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    given = ["--input", tmp_path / "reference.jsonl", tmp_path / "text.json", "--eval-set", tmp_path / "exam.jsonl"]
+    refuse(words, "train_kenlm", *given, "--order", "2", "--output", tmp_path / output, "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 def test_what_building_needs_is_named(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse, run: Run
 ) -> None:
@@ -134,3 +155,22 @@ def test_as_a_program(small: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: x: no file matches")
+
+
+def test_kill_9_leaves_nothing_for_ever(small: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
+    (tmp_path / "in").mkdir()
+    corpus, output = tmp_path / "in" / "big.jsonl", tmp_path / "out" / "m"
+    corpus.write_bytes((small / "reference.jsonl").read_bytes() * 100)
+    tool = Path(__file__).resolve().parents[2] / "tools" / "train_kenlm.py"
+    command = [sys.executable, tool, "--input", corpus, "--output", output, "--trainer", "python"]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.*/text")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    again = ["--input", small / "reference.jsonl", "--output", output, "--trainer", "python", "--order", "2"]
+    refuse("m is in use by another process", "train_kenlm", *again)
+    training.kill()
+    assert training.wait() == -signal.SIGKILL
+    assert not output.exists()
+    assert run("train_kenlm", *again)[0] == 0
+    assert sorted(path.name for path in output.parent.iterdir()) == ["m", "m.json"]

@@ -143,6 +143,9 @@ def _of_preset(recipe: Recipe, weights: Mapping[str, float | None]) -> dict[str,
             raise UserError(
                 f"data.mixture.replace: preset {recipe.preset} has no source '{name}'; {_nearest(name, rates)}"
             )
+    twice = [name for number, name in enumerate(recipe.replace) if name in recipe.replace[:number]]
+    if twice:
+        raise UserError(f"data.mixture.replace names '{twice[0]}' twice; name each source once")
     kept = {name: rate for name, rate in rates.items() if name not in recipe.replace}
     absent = [name for name in kept if name not in weights]
     if absent:
@@ -189,7 +192,8 @@ def named_blend(blend: Iterable[str | float]) -> dict[str, tuple[float, str]]:
     """Megatron's `W1 P1 W2 P2 ...` (or `P1`, alone) as name -> (weight, prefix); a name is the end of its prefix.
 
     Raises:
-        UserError: weights and prefixes do not alternate, a weight is no number of 0 or more, or a prefix comes twice.
+        UserError: weights and prefixes do not alternate, a weight is no number of 0 or more, all are 0, or a prefix
+            comes twice.
     """
     parts = list(blend)
     if len(parts) == 1:
@@ -208,4 +212,6 @@ def named_blend(blend: Iterable[str | float]) -> dict[str, tuple[float, str]]:
             raise UserError(f"data.data_path: {prefix} stands twice; give each dataset once")
         short = prefix.rstrip("/").rpartition("/")[2].removesuffix("_document").removesuffix("_text")
         named[next(name for name in (short, prefix, f"./{prefix}") if name not in named)] = (number, prefix)
+    if not any(number for number, _ in named.values()):
+        raise UserError("data.data_path: every weight is 0; give at least one dataset a positive one")
     return named

@@ -13,8 +13,8 @@ from megacpt.data.text.filtering import kept_columns
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import IndexedDataset
-from megacpt.data.tokens.manifest import read_manifest
-from megacpt.data.tokens.tokenizer import load_tokenizer
+from megacpt.data.tokens.manifest import TokenizerInfo, read_manifest
+from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from megacpt.errors import UserError
 
 TOKENS_AT_ONCE = 1 << 17
@@ -94,29 +94,41 @@ class TextFiles:
 class TokenDataset:
     """Documents of a token dataset, decoded with its own tokenizer.
 
+    Args:
+        tokenizer_type: needed of a dataset without a manifest, which another tool wrote: what made it is the user's
+            word then.
+
     Raises:
-        UserError: the dataset has no manifest, or the tokenizer is not the one that made it.
+        UserError: nothing says of which type the tokenizer is, or the tokenizer is not the one that made the dataset.
     """
 
     filters: None = None
 
-    def __init__(self, prefix: str, tokenizer_model: str) -> None:
+    def __init__(self, prefix: str, tokenizer_model: str, tokenizer_type: str | None = None) -> None:
         dataset, made = IndexedDataset(prefix), read_manifest(prefix)
-        if made is None:
-            raise UserError(f"{prefix}.json: without a manifest nothing says which tokenizer made it; score text files")
-        tokenizer = load_tokenizer(made.tokenizer.type, tokenizer_model)
-        if tokenizer.sha256 != made.tokenizer.sha256:
+        kind = tokenizer_type if made is None else made.tokenizer.type
+        if kind is None:
+            raise UserError(
+                f"{prefix}.json: without a manifest nothing says of which kind its tokenizer is; say it with "
+                f"--tokenizer-type {' or '.join(TOKENIZER_TYPES)}"
+            )
+        if tokenizer_type not in (None, kind):
+            raise UserError(f"--tokenizer-type {tokenizer_type}: {prefix} was made with a {kind}; drop it")
+        tokenizer = load_tokenizer(kind, tokenizer_model)
+        if made is not None and tokenizer.sha256 != made.tokenizer.sha256:
             raise UserError(
                 f"{tokenizer_model}: not the tokenizer of {prefix} (sha256 {tokenizer.sha256[:12]}, "
                 f"its manifest says {made.tokenizer.sha256[:12]}); give --tokenizer-model the one it was made with"
             )
-        self._dataset, self._made, self._model = dataset, made, tokenizer_model
+        self._dataset, self._model = dataset, tokenizer_model
+        given = TokenizerInfo(kind, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
+        self._tokenizer = given if made is None else made.tokenizer
         framing = {*tokenizer.encode("", add_special_tokens=True).tolist(), tokenizer.eod_id}
         self._frame = frozenset(token for token in framing if token is not None)
         self.size = len(self._dataset)
 
     def identity(self) -> dict[str, Any]:
-        return {"dataset": self._dataset.digest(), "tokenizer": self._made.tokenizer.sha256}
+        return {"dataset": self._dataset.digest(), "tokenizer": self._tokenizer.sha256}
 
     def tasks(self, spec: ScorerSpec, done: int) -> Iterator[tuple[RangeTask | None, int]]:
         if isinstance(spec, ColumnSpec):
@@ -126,7 +138,7 @@ class TokenDataset:
 
     def _task(self, start: int, stop: int, spec: Any) -> RangeTask:
         prefix = str(self._dataset.prefix)
-        return RangeTask(prefix, start, stop, self._made.tokenizer.type, self._model, self._frame, spec)
+        return RangeTask(prefix, start, stop, self._tokenizer.type, self._model, self._frame, spec)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         ends = np.cumsum(self._dataset.lengths)
@@ -142,7 +154,7 @@ class TokenDataset:
             "digest": self._dataset.digest(),
             "documents": len(self._dataset),
             "tokens": self._dataset.tokens,
-            "tokenizer": asdict(self._made.tokenizer),
+            "tokenizer": asdict(self._tokenizer),
         }
         return {"inputs": None, "json_keys": None, "filters": None, "dataset": dataset}
 

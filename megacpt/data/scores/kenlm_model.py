@@ -18,9 +18,11 @@ from megacpt.data.scores.kenlm_build import import_kenlm
 from megacpt.data.scores.normalize import Normalization, Sentences, normalization_from, normalizer
 from megacpt.data.text.long_string import LongString
 from megacpt.errors import UserError
-from megacpt.files import json_beside, read_json, sha256_of, write_json
+from megacpt.files import json_beside, read_as, sha256_of, write_json
 
 FORMAT = "megacpt kenlm model 1"
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+"""How files of gzip, bzip2 and xz begin; KenLM reads those that it was built with the libraries for."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ def read_record(model: Path) -> ModelRecord | None:
     """
     path = json_beside(model)
     try:
-        found = read_json(path, FORMAT)
-        normalization_from(found["normalization"])
-        return ModelRecord(**found)
+        found = read_as(ModelRecord, path, FORMAT)
+        normalization_from(found.normalization)
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the record of a KenLM model ({error}); train the model again") from error
 
 
@@ -115,7 +117,10 @@ class PerplexityScorer:
         try:
             self._model = kenlm.Model(str(model), config)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{model}: KenLM cannot load this model; train it again") from error
+            with open(model, "rb") as handle:
+                packed = handle.read(max(map(len, PACKED))).startswith(PACKED)
+            what = "model as it is packed; unpack it" if packed else "model; train it again"
+            raise UserError(f"{model}: KenLM cannot load this {what}") from error
         self._normalize = normalizer(normalization)
 
     def score(self, texts: Sequence[str | LongString]) -> np.ndarray:

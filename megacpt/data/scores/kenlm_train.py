@@ -1,12 +1,12 @@
 """From reference text to a KenLM model: normalise, count n-grams, store the model with how it was made."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
@@ -22,7 +22,7 @@ from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, disk_errors, json_beside, make_folder, sha256_of
+from megacpt.files import atomic_write, disk_errors, exclusive, json_beside, keep_apart, sha256_of
 
 TRAINERS = ("auto", "lmplz", "python")
 STRUCTURES = {"probing": ["probing"], "trie": ["trie"], "quantized_trie": ["-q", "8", "-b", "8", "trie"]}
@@ -64,10 +64,10 @@ def train(job: TrainJob) -> ModelRecord:
     """
     _check(job)
     paths = find_inputs(job.inputs)
+    keep_apart([job.output, json_beside(job.output)], [*paths, *job.eval_sets])
     evaluation = Evaluation(job.eval_sets, job.ngram, job.eval_keys) if job.eval_sets else None
-    make_folder(job.output.parent)
-    with disk_errors(job.output), tempfile.TemporaryDirectory(dir=job.output.parent, prefix=".kenlm-") as scratch:
-        text = Path(scratch) / "text"
+    with disk_errors(job.output), _scratch(job.output) as scratch:
+        text = scratch / "text"
         reference = _write_normalized(job, paths, text, evaluation)
         programs = _programs(job, reference["words"])
         made, file, trainer = (
@@ -86,6 +86,19 @@ def train(job: TrainJob) -> ModelRecord:
         )
         _put_in_place(made, job.output, record)
     return record
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """An empty folder beside the model, for this process alone; also what a killed run left of it goes in the end."""
+    folder = output.with_name(f".{output.name}.work")
+    with exclusive(output.with_name(f".{output.name}.lock"), str(output)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(job: TrainJob) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from megacpt.data.scores.overlap import EvalOverlap
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.data.tokens.manifest import Manifest
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, json_beside, read_json, sha256_of, write_json
+from megacpt.files import atomic_write, json_beside, read_as, sha256_of, write_json
 
 FORMAT = "megacpt scores 1"
 DIRECTIONS = ("lower_is_better", "higher_is_better")
@@ -75,11 +76,30 @@ def read_manifest(path: Path) -> ScoresManifest:
     """
     place = json_beside(path)
     try:
-        return ScoresManifest(**read_json(place, FORMAT))
+        return _checked(read_as(ScoresManifest, place, FORMAT))
     except FileNotFoundError as error:
         raise UserError(f"{place}: no such file, which says what {path.name} scores; run tools/score.py") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{place}: not a manifest of scores ({error}); run tools/score.py again") from error
+
+
+def _checked(manifest: ScoresManifest) -> ScoresManifest:
+    """Refuse, with a ValueError, a manifest that lacks what a selection asks it for."""
+    if manifest.direction not in DIRECTIONS:
+        raise ValueError(f"'direction' is not one of {', '.join(DIRECTIONS)}")
+    try:
+        str(manifest.scorer["name"])
+        for entry in manifest.scorer.get("overlap", []):
+            EvalOverlap(**entry)
+    except (KeyError, TypeError) as error:
+        raise ValueError("'scorer' lacks its name, or an overlap is not described") from error
+    if any(not {"sha256", "bytes"} <= entry.keys() for entry in manifest.inputs or []):
+        raise ValueError("'inputs' are not described by sha256 and bytes")
+    if manifest.dataset is not None:
+        digest, tokenizer = manifest.dataset.get("digest"), manifest.dataset.get("tokenizer")
+        if not isinstance(digest, str) or not isinstance(tokenizer, dict) or "sha256" not in tokenizer:
+            raise ValueError("'dataset' has no digest, or no tokenizer")
+    return manifest
 
 
 def open_scores(path: Path, dataset: IndexedDataset, made: Manifest | None) -> Scores:

@@ -21,6 +21,7 @@ from megacpt.data.text.rows import WrongRow
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.data.tokens.long_texts import decode_text
 from megacpt.data.tokens.tokenizer import load_tokenizer
+from megacpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,11 @@ _tokenizer = cache(load_tokenizer)
 
 
 def decoded(task: RangeTask) -> list[str | LongString]:
-    """The texts of documents of a token dataset, without what frames them (BOS, EOS, EOD)."""
+    """The texts of documents of a token dataset, without what frames them (BOS, EOS, EOD).
+
+    Raises:
+        UserError: a token that the tokenizer does not have.
+    """
     dataset = _dataset(task.prefix)
     tokenizer = _tokenizer(task.tokenizer_type, task.tokenizer_model)
     texts = []
@@ -155,6 +160,12 @@ def decoded(task: RangeTask) -> list[str | LongString]:
             last -= 1
         while first < last and int(ids[first]) in task.frame:
             first += 1
+        outside = (ids < 0) | (ids >= tokenizer.vocab_size)
+        if outside.any():
+            raise UserError(
+                f"{task.prefix}: document {document:,} holds token {int(ids[outside.argmax()])}, but "
+                f"{task.tokenizer_model} has {tokenizer.vocab_size:,} tokens; give --tokenizer-model the dataset's own"
+            )
         texts.append(decode_text(tokenizer, ids[first:last]))
     return texts
 

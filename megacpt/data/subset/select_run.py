@@ -17,7 +17,7 @@ from megacpt.data.subset.subset import SubsetManifest, sha256_of_ids, write_subs
 from megacpt.data.tokens.indexed import IndexedDataset, bin_path, idx_path, write_index
 from megacpt.data.tokens.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from megacpt.errors import UserError
-from megacpt.files import atomic_write, json_beside, sha256_of
+from megacpt.files import atomic_write, json_beside, keep_apart, sha256_of
 
 TOKENS_AT_ONCE = 1 << 22
 
@@ -29,6 +29,7 @@ class SelectJob:
     Attributes:
         materialize: the prefix of a copy of the documents, in the order of their rank.
         eval_sets: files that the scorer's reference should not overlap.
+        plot: where the caller will draw the scores, apart from all other files.
     """
 
     data: str
@@ -41,6 +42,7 @@ class SelectJob:
     materialize: str | None = None
     eval_sets: tuple[Path, ...] = ()
     overwrite: bool = False
+    plot: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,20 @@ def _check(job: SelectJob) -> None:
     if job.materialize is not None:
         if Path(job.materialize).resolve() == Path(job.data).resolve():
             raise UserError(f"--materialize {job.materialize}: is the dataset itself; choose another prefix")
-        outputs += [path(job.materialize) for path in (bin_path, idx_path, manifest_path)]
+        outputs += _dataset(job.materialize)
+    keep_apart([*outputs, *([] if job.plot is None else [job.plot])], _read(job))
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not job.overwrite:
         raise UserError(f"{', '.join(existing)}: exists already; pass --overwrite or choose another name")
+
+
+def _dataset(prefix: str) -> list[Path]:
+    return [path(prefix) for path in (bin_path, idx_path, manifest_path)]
+
+
+def _read(job: SelectJob) -> list[Path]:
+    scores = [] if job.scores is None else [job.scores, json_beside(job.scores)]
+    return [*_dataset(job.data), *scores, *job.eval_sets]
 
 
 def _within_budget(job: SelectJob, dataset: IndexedDataset, ranking: Ranking) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from megacpt.data.scores.scores import map_values, write_values
 from megacpt.data.tokens.indexed import IndexedDataset
 from megacpt.errors import UserError
-from megacpt.files import json_beside, read_json, write_json
+from megacpt.files import json_beside, read_as, write_json
 
 FORMAT = "megacpt subset 1"
 IDS = np.dtype("<i8")
@@ -79,7 +79,10 @@ def read_manifest(path: Path) -> SubsetManifest:
     """
     place = json_beside(path)
     try:
-        return SubsetManifest(**read_json(place, FORMAT))
+        manifest = read_as(SubsetManifest, place, FORMAT)
+        if not isinstance(manifest.dataset.get("digest"), str):
+            raise ValueError("'dataset' has no digest")
+        return manifest
     except FileNotFoundError as error:
         raise UserError(
             f"{place}: no such file, which says what {path.name} is a subset of; run tools/select_subset.py"

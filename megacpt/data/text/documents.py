@@ -16,7 +16,7 @@ from megacpt.data.text.long_string import LongString
 from megacpt.data.text.parquet import row_blocks
 from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
-from megacpt.files import sha256_of
+from megacpt.files import is_record, sha256_of
 
 BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
@@ -130,8 +130,8 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _is_manifest(path: Path) -> bool:
-    """Whether this is the manifest of a dataset written into the same folder, rather than text."""
-    return path.suffix == ".json" and path.with_suffix(".idx").exists()
+    """Whether this was written beside a dataset, a model, scores or a subset in the same folder, rather than text."""
+    return path.suffix == ".json" and (path.with_suffix(".idx").exists() or is_record(path))
 
 
 class Source:

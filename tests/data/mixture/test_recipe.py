@@ -67,6 +67,8 @@ def test_without_a_recipe_weights_are_the_sources_own():
         (Recipe("llama1", ("c4",)), weights("medical"), r"mixture\.replace needs data\.mixture\.with"),
         (Recipe(None, ("c4",), "medical"), weights("medical"), r"replace needs data\.mixture\.preset"),
         (Recipe("llama1", ("c5",), "medical"), weights("medical"), r"llama1 has no source 'c5'; the nearest is 'c4'"),
+        (Recipe("llama1", ("c4", "common_crawl", "c4"), "medical"), weights("medical", *LLAMA),
+         r"data\.mixture\.replace names 'c4' twice"),
         (Recipe("llama1", ("c4", "common_crawl"), "medical"), weights("medical", "github"),
          r"llama1 has wikipedia, books, arxiv, stackexchange \(13\.5% of it\), which data\.sources lacks"),
         (Recipe("llama1", ("c4", "common_crawl"), "medical"), weights("medical", *LLAMA, "law"),
@@ -98,6 +100,7 @@ def test_megatron_s_blend():
         (["nan", "a", "2", "b"], "'nan' before a is not a weight"),
         (["inf", "a", "2", "b"], "'inf' before a is not a weight"),
         (["1", "a/x", "1", "a/x"], "a/x stands twice"),
+        (["0", "a", "0.0", "b"], r"data\.data_path: every weight is 0; give at least one dataset a positive one"),
         (["1", "a/x", "1", "b/x", "2", "b/x"], "b/x stands twice"),
         ([], "WEIGHT PREFIX"),
     ]:

@@ -132,6 +132,9 @@ def test_what_else_is_refused(tmp_path: Path, corpus: Corpus) -> None:
     refused("not a manifest of a subset")
     manifest.write_text("{")
     refused("not a manifest of a subset")
+    for field, value in [("tokens", "16"), ("documents", True), ("dataset", "x"), ("dataset", {}), ("sha256", None)]:
+        manifest.write_text(json.dumps({**kept, field: value}))
+        refused(f"not a manifest of a subset ('{field}' ")
     manifest.unlink()
     refused("s.json: no such file")
     assert asdict(replace(file.SubsetManifest(**kept))) == kept

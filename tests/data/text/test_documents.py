@@ -277,6 +277,19 @@ def test_a_datasets_manifest_is_not_taken_for_text(tmp_path):
     assert [path.name for path in find_inputs([str(tmp_path / "*.json*")])] == ["a.jsonl"]
 
 
+def test_records_of_models_scores_and_subsets_are_not_taken_for_text(tmp_path):
+    for name in ["a.jsonl", "model", "scores.npy", "books", "odd"]:
+        (tmp_path / name).touch()
+    for name in ["model", "scores.npy", "lonely"]:
+        (tmp_path / f"{name}.json").write_text('{"documents": 1,\n"format": "megacpt scores 1"}\n')
+    (tmp_path / "books.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "odd.json").write_text('["text"]\n')
+    expected = ["a.jsonl", "books.json", "lonely.json", "odd.json"]
+    assert [path.name for path in find_inputs([str(tmp_path)])] == expected
+    assert [path.name for path in find_inputs([str(tmp_path / "*.json*")])] == expected
+    assert find_inputs([str(tmp_path / "model.json")]) == [tmp_path / "model.json"]
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
