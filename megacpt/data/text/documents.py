@@ -3,15 +3,14 @@
 That is cheap and sequential; a block is parsed by `rows.parse_block`, which may run in another process.
 """
 
-import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from megacpt.data.text.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
+from megacpt.data.text.inputs import unreadable
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.parquet import row_blocks
 from megacpt.data.text.provenance import InputFile
@@ -21,9 +20,7 @@ from megacpt.files import sha256_of
 BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
 """Read at once to find the end of a line."""
-IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
 PACKED = (".gz", ".zst")
-READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Block:
                 handle.seek(self.offset)
                 lines = handle.read(self.unread)
         except OSError as error:
-            raise _unreadable(self.plain, error) from error
+            raise unreadable(self.plain, error) from error
         if len(lines) < self.unread:
             raise _changed(self.plain)
         return replace(self, lines=lines, unread=0)
@@ -86,50 +83,6 @@ class Block:
     def numbered(self) -> "Block":
         """With the number of its first row; the file is read up to it if need be."""
         return self if self.first else replace(self, first=1 + _line_ends(self.plain, self.counted_from, self.offset))
-
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Resolve files, folders and globs to files.
-
-    Patterns keep the order in which they were given; the files of a folder (searched to any depth, .jsonl, .json,
-    .jsonl.gz, .jsonl.zst and .parquet alone) and of a glob are sorted by path.
-
-    Raises:
-        UserError: a pattern matches nothing, a file is of an unknown kind, or a file is matched twice.
-    """
-    paths: list[Path] = []
-    found: dict[Path, str] = {}
-    for pattern in patterns:
-        for path in _expand(pattern):
-            if path.suffix not in READABLE:
-                raise UserError(f"{path}: unknown kind of input; give .jsonl, .json, .jsonl.gz, .jsonl.zst or .parquet")
-            key = path.resolve()
-            if key in found:
-                raise UserError(f"{path}: given twice (by {found[key]!r} and by {pattern!r}); give each input once")
-            found[key] = pattern
-            paths.append(path)
-    return paths
-
-
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        matches = [p for p in inside if p.is_file() and IN_A_FOLDER.search(p.name) and not _is_manifest(p)]
-        if not matches:
-            raise UserError(f"{pattern}: this folder holds no .jsonl, .json, .jsonl.gz, .jsonl.zst or .parquet file")
-    else:
-        matches = [p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file() and not _is_manifest(p)]
-        if not matches:
-            raise UserError(f"{pattern}: no file matches; give an existing file, folder or glob to --input")
-    return sorted(matches)
-
-
-def _is_manifest(path: Path) -> bool:
-    """Whether this is the manifest of a dataset written into the same folder, rather than text."""
-    return path.suffix == ".json" and path.with_suffix(".idx").exists()
 
 
 class Source:
@@ -187,13 +140,13 @@ class Source:
             if self.ended is None and not self._sha256:
                 self._sha256 = sha256_of(self.path)
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
 
     def _stat(self) -> tuple[int, int]:
         try:
             found = self.path.stat()
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
         return found.st_size, found.st_mtime_ns
 
     def _set_edges(self, first: int, stop: int, end: int) -> None:
@@ -287,10 +240,6 @@ class Source:
             reason = str(error).splitlines()[0].rstrip(".")
             place = _after("row", row)
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
-
-
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def _changed(path: str | Path) -> UserError:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacpt.data.text import documents, long_string
-from megacpt.data.text.documents import Block, Source, find_inputs
+from megacpt.data.text.documents import Block, Source
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.text.rows import parse_block, texts_of
@@ -249,6 +250,28 @@ def test_not_of_the_suffixs_format(tmp_path, name):
         list(read_documents([tmp_path / name], "text"))
 
 
+def test_links_to_folders_are_followed(tmp_path):
+    for name in ["elsewhere/b.jsonl", "elsewhere/.hidden/c.jsonl", "corpus/a.jsonl"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    found = find_inputs([str(tmp_path / "corpus")])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["corpus/a.jsonl", "corpus/more/b.jsonl"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"corpus/more/back: is by a link the same folder as .*corpus; give each"):
+        find_inputs([str(tmp_path / "corpus")])
+
+
+@pytest.mark.parametrize("pattern", ["corpus", "corpus/*.jsonl"])
+def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").touch()
+    (tmp_path / "corpus" / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"corpus/b\.jsonl: is a link to nothing; remove it"):
+        find_inputs([pattern])
+
+
 def test_inputs_keep_the_given_order_and_sort_folders_and_globs(tmp_path):
     for name in [
         "b.jsonl",
@@ -286,6 +309,7 @@ def test_a_datasets_manifest_is_not_taken_for_text(tmp_path):
         (["a.txt"], "unknown kind of input"),
         (["*"], "unknown kind of input"),
         (["a.jsonl", "*.jsonl"], "given twice"),
+        (["a" * 300], r"a: cannot be read \(File name too long\)"),
     ],
 )
 def test_inputs_that_cannot_be(tmp_path, monkeypatch, patterns, message):
