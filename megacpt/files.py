@@ -13,12 +13,15 @@ from typing import IO, Any
 
 from megacpt.errors import DiskError, UserError
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.EFBIG, errno.EIO),
+)
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full" and "not permitted" while writing `path` into a DiskError that names the path."""
+    """Turn "disk full", "not permitted" and the like while writing `path` into a DiskError that names the path."""
     try:
         yield
     except OSError as error:
@@ -124,7 +127,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Bytes of a file's name that are not UTF-8 are lone surrogates, which JSON can say by an escape alone.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def json_beside(path: str | Path) -> Path:
