@@ -31,6 +31,7 @@ class Block:
         file: as rows are named: the path, or the path and the byte from which rows are counted.
         first: number of the first row, from 1; 0 where nobody has counted the rows before it.
         consumed: bytes of the file that were read to make this block.
+        known: names of all columns of the file, for errors.
         rows: how many rows the columns hold.
         offset: where the first row begins: bytes after decompression; for Parquet, rows.
         plain: the file in which the lines lie at `offset` as they are; empty if it is packed.
@@ -43,6 +44,7 @@ class Block:
     consumed: int
     lines: bytes = b""
     columns: dict[str, list[Any]] | None = None
+    known: Sequence[str] = ()
     rows: int = 0
     offset: int = 0
     plain: str = ""
@@ -228,15 +230,22 @@ class Source:
 
         row = 0
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as table:
+            with pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True) as table:
                 total = table.metadata.num_rows
                 first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)
                 self._set_edges(first, stop, total)
+                known = table.schema_arrow.names
+                for key in keys:
+                    if known.count(key) > 1:
+                        raise UserError(f"{self.path}: has more than one column {key!r}; write it with one")
                 for at, rows, columns in row_blocks(table, keys, first if start is None else start, stop, BLOCK_BYTES):
                     row, consumed = at + rows, self.size * rows // total
-                    yield Block(str(self.path), at + 1, consumed, columns=columns, rows=rows, offset=at)
-        except pyarrow.ArrowException as error:
+                    yield Block(str(self.path), at + 1, consumed, columns=columns, known=known, rows=rows, offset=at)
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            # What cannot be unpacked is an OSError without a number.
             reason = str(error).splitlines()[0].rstrip(".")
             place = _after("row", row)
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error

@@ -219,11 +219,38 @@ def test_bad_rows_of_parquet(tmp_path, monkeypatch, long):
     assert skipped == {"invalid_utf8": 1, "not_a_string": 1}
     with pytest.raises(UserError, match=r"a\.parquet:1: the value of 'n' is not a string but int"):
         list(read_documents([path], "n"))
-    with pytest.raises(UserError, match=r"a\.parquet:1: has no key 'body'"):
+    with pytest.raises(UserError, match=r"a\.parquet:1: has no key 'body' \(it has n, text\)"):
         list(read_documents([path], "body"))
     skipped.clear()
     assert list(read_documents([path], "body", skipped)) == []
     assert skipped == {"missing_key": 4}
+
+
+@pytest.mark.parametrize(
+    ("place", "packing", "summed"), [(0, "none", False), (0.5, "snappy", False), (0.5, "zstd", True)]
+)
+def test_a_damaged_page_of_parquet_is_named_by_the_rows_before_it(tmp_path, place, packing, summed):
+    path = tmp_path / "a.parquet"
+    texts = [f"document {i} " * 9 for i in range(4_000)]
+    options = {"use_dictionary": False, "compression": packing, "write_page_checksum": summed}
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1_000, **options)
+    column = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    whole = path.read_bytes()
+    damaged = column.data_page_offset + int(place * column.total_compressed_size)
+    path.write_bytes(whole[:damaged] + b"\xd5" * 40 + whole[damaged + 40 :])
+    with pytest.raises(UserError) as error:
+        list(read_documents([path], "text"))
+    words = str(error.value)
+    assert words.startswith(f"{path}: damaged Parquet after row ")
+    assert words.endswith("; fetch or write it again")
+    assert "\n" not in words
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: has more than one column 'text'; write it with one"):
+        list(read_documents([path], "text"))
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])
