@@ -324,6 +324,28 @@ def test_a_file_may_not_grow_as_it_has_to(tmp_path, models, workers):
     assert run(line).returncode == 0
 
 
+def test_more_workers_than_the_system_allows(tmp_path, models):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    line = command(tmp_path, models, tmp_path / "a.jsonl", options=["--workers", "40"])
+    done = run(line, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
+    assert_refused(
+        done, "of 40 worker processes only ", " could be started (Too many open files); run again with fewer"
+    )
+    assert outputs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [("a" * 300, "File name too long"), ("empty", "not a SentencePiece model")]
+)
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_a_tokenizer_that_cannot_be_opened(tmp_path, models, model, words, kind):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "empty").touch()
+    line = [*command(tmp_path, models, tmp_path / "a.jsonl"), "--tokenizer-type", kind]
+    done = run([*line, "--tokenizer-model", str(tmp_path / model)])
+    assert_refused(done, words if kind[0] == "S" else words.replace("SentencePiece model", "Hugging Face"))
+
+
 def test_an_output_whose_name_a_folder_has(tmp_path, models, run_here):
     (tmp_path / "a.jsonl").write_text(GOOD)
     for suffix in ("bin", "idx", "json"):
