@@ -1,5 +1,6 @@
 """The exceptions that a user is meant to see, and how a command line tells of them."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,9 @@ def exit_code(work: Callable[[], object], interrupted: str | None = None) -> int
         interrupted: what to say of Ctrl-C before exit code 130, unless the interruption has words of its own; None
             leaves it to Python.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is no reason to fail when the work is done; stderr escapes it, too.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
     except UserError as error:

@@ -14,7 +14,10 @@ from typing import IO, Any, get_args, get_origin, get_type_hints
 
 from megacpt.errors import DiskError, UserError
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.EFBIG, errno.EIO),
+)
 
 LARGEST_RECORD = 1 << 26
 """Bytes; a record names each input in about 150."""
@@ -22,7 +25,7 @@ LARGEST_RECORD = 1 << 26
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full" and "not permitted" while writing `path` into a DiskError that names the path."""
+    """Turn "disk full", "not permitted" and the like while writing `path` into a DiskError that names the path."""
     try:
         yield
     except OSError as error:
@@ -146,7 +149,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Bytes of a file's name that are not UTF-8 are lone surrogates, which JSON can say by an escape alone.
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def json_beside(path: str | Path) -> Path:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megacpt.data.scores.overlap import NGRAM, EvalOverlap, Evaluation
-from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import exit_code
 

@@ -22,8 +22,8 @@ from megacpt.data.scores.score_run import ScoreJob, score
 from megacpt.data.scores.scorers import DsirOptions, column_scorer, dsir_scorer, kenlm_scorer
 from megacpt.data.scores.scores import ScoresManifest, map_values
 from megacpt.data.scores.scoring import ScorerSpec
-from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import DEDUP
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import bin_path, idx_path
 from megacpt.data.tokens.manifest import manifest_path

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,62 @@ def test_two_runs_into_one_output(tmp_path, models):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_file_may_not_grow_as_it_has_to(tmp_path, models, workers):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the first and the last"}) + "\n" + GOOD * 50_000)
+    line = command(tmp_path, models, tmp_path / "a.jsonl", options=["--workers", workers])
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+    assert_refused(
+        run(line, **limits), ".out_text_document.partial", "cannot be written (File too large); choose another place"
+    )
+    assert outputs(tmp_path) == []
+    assert run(line).returncode == 0
+
+
+def test_more_workers_than_the_system_allows(tmp_path, models):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    line = command(tmp_path, models, tmp_path / "a.jsonl", options=["--workers", "40"])
+    done = run(line, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
+    assert_refused(
+        done, "of 40 worker processes only ", " could be started (Too many open files); run again with fewer"
+    )
+    assert outputs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [("a" * 300, "File name too long"), ("empty", "not a SentencePiece model")]
+)
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_a_tokenizer_that_cannot_be_opened(tmp_path, models, model, words, kind):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    (tmp_path / "empty").touch()
+    line = [*command(tmp_path, models, tmp_path / "a.jsonl"), "--tokenizer-type", kind]
+    done = run([*line, "--tokenizer-model", str(tmp_path / model)])
+    assert_refused(done, words if kind[0] == "S" else words.replace("SentencePiece model", "Hugging Face"))
+
+
+def test_an_output_whose_name_a_folder_has(tmp_path, models, run_here):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    for suffix in ("bin", "idx", "json"):
+        folder = tmp_path / f"out_text_document.{suffix}"
+        folder.mkdir()
+        done = run_here(command(tmp_path, models, tmp_path / "a.jsonl", options=["--overwrite"]))
+        assert_refused(done, f"out_text_document.{suffix}: cannot be written (Is a directory); choose another place")
+        assert outputs(tmp_path) == [folder.name]
+        folder.rmdir()
+
+
+def test_names_that_are_not_utf_8_and_no_stderr(tmp_path, models):
+    odd = os.fsdecode(b"caf\xe9.jsonl")
+    (tmp_path / odd).write_text(GOOD)
+    line = command(tmp_path, models, tmp_path / odd, prefix=os.fsdecode(b"\xe9_out"))
+    done = run(line, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 0
+    assert "\\udce9_out_text_document: 2 documents" in done.stdout
+    (file,) = read_manifest(tmp_path / os.fsdecode(b"\xe9_out_text_document")).inputs
+    assert file.name == odd
 
 
 def test_a_folder_that_nothing_can_be_written_to(tmp_path, models):

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from megacpt.data.scores.scoring import BlockTask, ColumnSpec, RangeTask, ScorerSpec, Task, decoded
-from megacpt.data.text.documents import Source, find_inputs
+from megacpt.data.text.documents import Source
 from megacpt.data.text.filtering import kept_columns
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import IndexedDataset

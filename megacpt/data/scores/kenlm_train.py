@@ -18,8 +18,8 @@ from megacpt.data.scores.kenlm_model import ModelRecord, write_record
 from megacpt.data.scores.kneser_ney import FALLBACK_DISCOUNTS, LARGEST_REFERENCE, estimate, read_corpus, write_arpa
 from megacpt.data.scores.normalize import Normalization, normalizer
 from megacpt.data.scores.overlap import NGRAM, Evaluation
-from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
 from megacpt.files import atomic_write, disk_errors, exclusive, json_beside, keep_apart, sha256_of

@@ -13,8 +13,8 @@ from megacpt.data.scores.normalize import Normalization
 from megacpt.data.scores.overlap import Evaluation
 from megacpt.data.scores.score_run import ScorerRecord
 from megacpt.data.scores.scoring import ColumnSpec, KenlmSpec, open_scorer
-from megacpt.data.text.documents import find_inputs
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.provenance import Filters
 from megacpt.errors import UserError
 from megacpt.files import sha256_of

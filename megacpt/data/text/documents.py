@@ -3,29 +3,26 @@
 That is cheap and sequential; a block is parsed by `rows.parse_block`, which may run in another process.
 """
 
-import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from megacpt.data.text.compression import CHUNK_BYTES, Damaged, HashingFile, chunks_of
+from megacpt.data.text.inputs import unreadable
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.parquet import row_blocks
 from megacpt.data.text.provenance import InputFile
 from megacpt.errors import UserError
-from megacpt.files import is_record, sha256_of
+from megacpt.files import sha256_of
 
 BLOCK_BYTES = 1 << 21
 LINE_BYTES = 1 << 14
 """Read at once to find the end of a line."""
 PAGE_BYTES = 1 << 20
 """Read at once of a Parquet column."""
-IN_A_FOLDER = re.compile(r"\.(jsonl?(\.gz|\.zst)?|parquet)$")
 PACKED = (".gz", ".zst")
-READABLE = (".jsonl", ".json", ".gz", ".zst", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Block:
         file: as rows are named: the path, or the path and the byte from which rows are counted.
         first: number of the first row, from 1; 0 where nobody has counted the rows before it.
         consumed: bytes of the file that were read to make this block.
+        known: names of all columns of the file, for errors.
         rows: how many rows the columns hold.
         offset: where the first row begins: bytes after decompression; for Parquet, rows.
         plain: the file in which the lines lie at `offset` as they are; empty if it is packed.
@@ -48,6 +46,7 @@ class Block:
     consumed: int
     lines: bytes = b""
     columns: dict[str, list[Any]] | None = None
+    known: Sequence[str] = ()
     rows: int = 0
     offset: int = 0
     plain: str = ""
@@ -80,7 +79,7 @@ class Block:
                 handle.seek(self.offset)
                 lines = handle.read(self.unread)
         except OSError as error:
-            raise _unreadable(self.plain, error) from error
+            raise unreadable(self.plain, error) from error
         if len(lines) < self.unread:
             raise _changed(self.plain)
         return replace(self, lines=lines, unread=0)
@@ -88,50 +87,6 @@ class Block:
     def numbered(self) -> "Block":
         """With the number of its first row; the file is read up to it if need be."""
         return self if self.first else replace(self, first=1 + _line_ends(self.plain, self.counted_from, self.offset))
-
-
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Resolve files, folders and globs to files.
-
-    Patterns keep the order in which they were given; the files of a folder (searched to any depth, .jsonl, .json,
-    .jsonl.gz, .jsonl.zst and .parquet alone) and of a glob are sorted by path.
-
-    Raises:
-        UserError: a pattern matches nothing, a file is of an unknown kind, or a file is matched twice.
-    """
-    paths: list[Path] = []
-    found: dict[Path, str] = {}
-    for pattern in patterns:
-        for path in _expand(pattern):
-            if path.suffix not in READABLE:
-                raise UserError(f"{path}: unknown kind of input; give .jsonl, .json, .jsonl.gz, .jsonl.zst or .parquet")
-            key = path.resolve()
-            if key in found:
-                raise UserError(f"{path}: given twice (by {found[key]!r} and by {pattern!r}); give each input once")
-            found[key] = pattern
-            paths.append(path)
-    return paths
-
-
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        matches = [p for p in inside if p.is_file() and IN_A_FOLDER.search(p.name) and not _is_manifest(p)]
-        if not matches:
-            raise UserError(f"{pattern}: this folder holds no .jsonl, .json, .jsonl.gz, .jsonl.zst or .parquet file")
-    else:
-        matches = [p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file() and not _is_manifest(p)]
-        if not matches:
-            raise UserError(f"{pattern}: no file matches; give an existing file, folder or glob to --input")
-    return sorted(matches)
-
-
-def _is_manifest(path: Path) -> bool:
-    """Whether this was written beside a dataset, a model, scores or a subset in the same folder, rather than text."""
-    return path.suffix == ".json" and (path.with_suffix(".idx").exists() or is_record(path))
 
 
 class Source:
@@ -189,13 +144,13 @@ class Source:
             if self.ended is None and not self._sha256:
                 self._sha256 = sha256_of(self.path)
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
 
     def _stat(self) -> tuple[int, int]:
         try:
             found = self.path.stat()
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
         return found.st_size, found.st_mtime_ns
 
     def _set_edges(self, first: int, stop: int, end: int) -> None:
@@ -284,23 +239,28 @@ class Source:
 
         row = 0
         try:
-            # As stated, pages are read one by one, and not a whole column of a row group before the first of them.
-            with pyarrow.parquet.ParquetFile(self.path, buffer_size=PAGE_BYTES, pre_buffer=False) as table:
+            # Pages are read one by one, and not a whole column of a row group before the first of them.
+            with pyarrow.parquet.ParquetFile(
+                self.path, buffer_size=PAGE_BYTES, pre_buffer=False, page_checksum_verification=True
+            ) as table:
                 total = table.metadata.num_rows
                 first = -(-self.begin * total // self.size)
                 stop = total if self.end is None else -(-self.end * total // self.size)
                 self._set_edges(first, stop, total)
+                known = table.schema_arrow.names
+                for key in keys:
+                    if known.count(key) > 1:
+                        raise UserError(f"{self.path}: has more than one column {key!r}; write it with one")
                 for at, rows, columns in row_blocks(table, keys, first if start is None else start, stop, BLOCK_BYTES):
                     row, consumed = at + rows, self.size * rows // total
-                    yield Block(str(self.path), at + 1, consumed, columns=columns, rows=rows, offset=at)
-        except pyarrow.ArrowException as error:
+                    yield Block(str(self.path), at + 1, consumed, columns=columns, known=known, rows=rows, offset=at)
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            # What cannot be unpacked is an OSError without a number.
             reason = str(error).splitlines()[0].rstrip(".")
             place = _after("row", row)
             raise UserError(f"{self.path}: damaged Parquet {place} ({reason}); fetch or write it again") from error
-
-
-def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def _changed(path: str | Path) -> UserError:

@@ -85,7 +85,7 @@ def _row(
     if isinstance(row, bytes) and not row.strip():
         return None
     try:
-        return _texts(row, keys)
+        return _texts(row, keys, block.known)
     except BadRow as bad:
         if skipped is None:
             words = f"{bad.reason}; correct the row or pass --skip-invalid"
@@ -102,13 +102,13 @@ def _raw_rows(block: Block) -> Iterator[bytes | dict[str, Any]]:
         yield {key: column[index] for key, column in block.columns.items()}
 
 
-def _texts(row: bytes | dict[str, Any], keys: Sequence[str]) -> list[str | LongString]:
+def _texts(row: bytes | dict[str, Any], keys: Sequence[str], known: Sequence[str]) -> list[str | LongString]:
     values, valid = (row, False) if isinstance(row, dict) else _parse_line(row)
     texts: list[str | LongString] = []
     for key in keys:
         if key not in values:
-            known = ", ".join(sorted(map(str, values))[:8]) or "no key at all"
-            raise BadRow("missing_key", f"has no key {key!r} (it has {known})")
+            names = ", ".join(sorted(known or map(str, values))[:8]) or "no key at all"
+            raise BadRow("missing_key", f"has no key {key!r} (it has {names})")
         value = values[key]
         if not isinstance(value, str | LongString):
             raise BadRow("not_a_string", f"the value of {key!r} is not a string but {type(value).__name__}")

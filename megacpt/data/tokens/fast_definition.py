@@ -33,10 +33,12 @@ class Definition:
     Attributes:
         content: where the vocabulary lacks a byte, one with an id beyond the vocabulary is made up for it.
         samples: texts in which this very vocabulary might be misread.
+        composed: whether text has to be in NFC to be read right.
     """
 
     content: bytes
     samples: list[str] = field(default_factory=list)
+    composed: bool = False
 
 
 def from_tokenizer_json(reference: HuggingFaceTokenizer) -> Definition:
@@ -62,13 +64,17 @@ def from_tokenizer_json(reference: HuggingFaceTokenizer) -> Definition:
     # Added tokens that are matched in any text: each amid letters, and amid white space.
     added = [token for token in reference.outline["added_tokens"] if not token["special"]]
     samples = ["a{0}b {0} \n{0}".format(token["content"]) for token in added]
-    return Definition(definition_of(reference.outline | {"added_tokens": added}, parts), samples)
+    # gigatoken looks for all of them before it composes, which may make one, or change its last character.
+    after_composing = [token for token in added if token.get("normalized") and not token["content"].isspace()]
+    composed = bool(after_composing) and "NFC" in _kinds(reference.outline.get("normalizer"))
+    return Definition(definition_of(reference.outline | {"added_tokens": added}, parts), samples, composed)
 
 
 def _kinds(step: dict[str, Any] | None) -> list[str]:
     if step is None:
         return []
-    return [step["type"], *(kind for inner in step.get("pretokenizers", []) for kind in _kinds(inner))]
+    inner = [*step.get("pretokenizers", []), *step.get("normalizers", [])]
+    return [step["type"], *(kind for one in inner for kind in _kinds(one))]
 
 
 def _joined(vocab: bytes, tokens: dict[str, int]) -> bytes:

@@ -1,8 +1,9 @@
 """The reference tokenizers' ids, many times faster, by gigatoken; or the reference itself, with a word why.
 
 A fast tokenizer has to reproduce the reference on built-in texts before it is used, and on the first real text it is
-given. Three kinds of text go to the reference for good: those with a byte that the vocabulary lacks, those with a
-character that Unicode had not assigned (libraries of other years class it otherwise), and all text after a difference.
+given. Four kinds of text go to the reference for good: those with a byte that the vocabulary lacks, those with a
+character that Unicode had not assigned (libraries of other years class it otherwise), those that are not in NFC where
+added tokens are looked for in NFC, and all text after a difference.
 """
 
 import mmap
@@ -155,6 +156,8 @@ class FastTokenizer:
         encode = self._engine.encode
         wide = {i: text.encode("utf-8") for i, text in enumerate(texts) if not text.isascii()}
         again = [list(wide)[i] for i in self._characters.doubtful(list(wide.values()))]
+        if self._definition.composed:
+            again += [i for i in wide if not unicodedata.is_normalized("NFC", texts[i])]
         content: list[str | bytes] = [wide.get(i, text) for i, text in enumerate(texts)]
         ids, text_bytes = list(map(encode, content)), sizes_of(content)
         flat, lengths = _joined(ids)

@@ -82,7 +82,11 @@ def merge(
     prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
         raise UserError(f"{output_prefix}: is one of the datasets to merge; choose another --output-prefix")
-    found = [Part(prefix, _opened(prefix), read_manifest(prefix)) for prefix in prefixes]
+    _check_names(prefixes)
+    found = [
+        Part(prefix, data, _manifest_of(prefix, data))
+        for prefix, data in zip(prefixes, map(_opened, prefixes), strict=True)
+    ]
     _check_dtypes(found)
     manifest = _common_manifest(found, warn)
     clear_the_way(output_prefix, overwrite)
@@ -105,6 +109,26 @@ def _opened(prefix: str) -> IndexedDataset:
     return data
 
 
+def _manifest_of(prefix: str, data: IndexedDataset) -> Manifest | None:
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return None
+    said, held = (manifest.documents, manifest.tokens), (len(data), data.tokens)
+    if said != held:
+        raise UserError(
+            f"{manifest_path(prefix)}: is of other tokens than {bin_path(prefix)} holds ({said[0]:,} documents and "
+            f"{said[1]:,} tokens; {held[0]:,} and {held[1]:,}); preprocess the corpus again"
+        )
+    return manifest
+
+
+def _check_names(prefixes: Sequence[str]) -> None:
+    counts = Counter(bin_path(prefix).resolve() for prefix in prefixes)
+    for prefix in prefixes:
+        if counts[bin_path(prefix).resolve()] > 1:
+            raise UserError(f"{prefix}: given twice; give each dataset once")
+
+
 def _check_dtypes(found: Sequence[Part]) -> None:
     for part in found[1:]:
         if part.data.dtype != found[0].data.dtype:
@@ -117,8 +141,6 @@ def _check_dtypes(found: Sequence[Part]) -> None:
 def _common_manifest(found: Sequence[Part], warn: Callable[[str], None]) -> Manifest | None:
     without = [part.prefix for part in found if part.manifest is None]
     manifests = {part.prefix: part.manifest for part in found if part.manifest is not None}
-    if len(manifests) + len(without) < len(found):
-        raise UserError(f"{_repeated([part.prefix for part in found])}: given twice; give each dataset once")
     check_shards(manifests, len(found))
     if without:
         warn(
@@ -129,10 +151,6 @@ def _common_manifest(found: Sequence[Part], warn: Callable[[str], None]) -> Mani
     if not in_order(list(manifests.values())):
         warn("the shards are merged in the order given, which is not theirs: one run would write another order")
     return merged_manifest(manifests)
-
-
-def _repeated(prefixes: Sequence[str]) -> str:
-    return next(prefix for prefix, count in Counter(prefixes).items() if count > 1)
 
 
 def _drop_repeated(found: Sequence[Part]) -> tuple[int, int]:

@@ -103,7 +103,8 @@ def finish(work: Work, datasets: Sequence[Dataset], common: Manifest) -> dict[st
     unnamed = [(number, dataset) for number, dataset in enumerate(datasets) if work.bin(number).exists()]
     try:
         for number, dataset in unnamed:
-            bin_path(dataset.prefix).unlink(missing_ok=True)
+            with disk_errors(bin_path(dataset.prefix)):
+                bin_path(dataset.prefix).unlink(missing_ok=True)
             written += [path(dataset.prefix) for path in (idx_path, manifest_path, digests_path)]
             manifest = manifests[dataset.prefix]
             write_document_index(dataset.prefix, np.dtype(manifest.dtype), work.lengths(number))

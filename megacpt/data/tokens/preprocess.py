@@ -21,8 +21,9 @@ import numpy as np
 
 from megacpt import __version__
 from megacpt.data.text import documents
-from megacpt.data.text.documents import Source, find_inputs
+from megacpt.data.text.documents import Source
 from megacpt.data.text.filtering import DEDUP, DUPLICATES, TOO_SHORT
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.tokens.encode import Encoding
 from megacpt.data.tokens.fast_tokenizer import chosen_engine, open_tokenizer
 from megacpt.data.tokens.indexed import bin_path, token_dtype

@@ -38,6 +38,9 @@ class Processes:
             other threads.
         ahead: how many ordinary items an item counts for.
 
+    Raises:
+        UserError: the system does not let that many be started.
+
     Raises (while results are asked for, or in `settle`):
         WorkerLost: a process was killed.
     """
@@ -51,8 +54,14 @@ class Processes:
             for _ in range(workers):
                 self._workers.append(_Worker(function, self._workers))
                 self._answers.register(self._workers[-1].fileno(), select.POLLIN)
-        except BaseException:
+        except BaseException as error:
+            started = len(self._workers)
             self.end()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"of {workers:,} worker processes only {started:,} could be started ({error.strerror}); "
+                    "run again with fewer --workers"
+                ) from error
             raise
 
     def end(self) -> None:

@@ -34,7 +34,7 @@ class Progress:
         self.started = self._last_time = time.monotonic()
         self._last_documents = self.before.documents
         self._bar: Any = None
-        if log_interval is None and sys.stderr.isatty():
+        if log_interval is None and sys.stderr is not None and sys.stderr.isatty():
             import tqdm
 
             self._bar = tqdm.tqdm(

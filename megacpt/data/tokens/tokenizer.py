@@ -11,6 +11,7 @@ stands for a character that the vocabulary cannot spell.
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,13 +121,17 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         content = _read(path)
+        foreign = UserError(f"{path}: not a SentencePiece model; check --tokenizer-model and its type")
+        # Of an empty model the library complains on stderr.
+        if not content:
+            raise foreign
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = self._model.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model; check --tokenizer-model and its type") from error
+            raise foreign from error
         if self.vocab_size == 0:
-            raise UserError(f"{path}: not a SentencePiece model; check --tokenizer-model and its type")
+            raise foreign
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.definition = content
         self.engine = f"sentencepiece {sentencepiece.__version__}"
@@ -163,7 +168,7 @@ class HuggingFaceTokenizer:
     type = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
-        if path.is_dir():
+        if os.path.isdir(path):  # no error where the system has one, which reading it will meet
             names = ("tokenizer.json", "tokenizer.json.gz")
             path = next((path / name for name in names if (path / name).is_file()), path / names[0])
         import orjson

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacpt.data.text import documents, long_string
-from megacpt.data.text.documents import Block, Source, find_inputs
+from megacpt.data.text.documents import Block, Source
 from megacpt.data.text.filtering import iter_documents
+from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.text.rows import parse_block, texts_of
@@ -218,11 +219,38 @@ def test_bad_rows_of_parquet(tmp_path, monkeypatch, long):
     assert skipped == {"invalid_utf8": 1, "not_a_string": 1}
     with pytest.raises(UserError, match=r"a\.parquet:1: the value of 'n' is not a string but int"):
         list(read_documents([path], "n"))
-    with pytest.raises(UserError, match=r"a\.parquet:1: has no key 'body'"):
+    with pytest.raises(UserError, match=r"a\.parquet:1: has no key 'body' \(it has n, text\)"):
         list(read_documents([path], "body"))
     skipped.clear()
     assert list(read_documents([path], "body", skipped)) == []
     assert skipped == {"missing_key": 4}
+
+
+@pytest.mark.parametrize(
+    ("place", "packing", "summed"), [(0, "none", False), (0.5, "snappy", False), (0.5, "zstd", True)]
+)
+def test_a_damaged_page_of_parquet_is_named_by_the_rows_before_it(tmp_path, place, packing, summed):
+    path = tmp_path / "a.parquet"
+    texts = [f"document {i} " * 9 for i in range(4_000)]
+    options = {"use_dictionary": False, "compression": packing, "write_page_checksum": summed}
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1_000, **options)
+    column = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    whole = path.read_bytes()
+    damaged = column.data_page_offset + int(place * column.total_compressed_size)
+    path.write_bytes(whole[:damaged] + b"\xd5" * 40 + whole[damaged + 40 :])
+    with pytest.raises(UserError) as error:
+        list(read_documents([path], "text"))
+    words = str(error.value)
+    assert words.startswith(f"{path}: damaged Parquet after row ")
+    assert words.endswith("; fetch or write it again")
+    assert "\n" not in words
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet: has more than one column 'text'; write it with one"):
+        list(read_documents([path], "text"))
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)])
@@ -247,6 +275,28 @@ def test_not_of_the_suffixs_format(tmp_path, name):
     (tmp_path / name).write_bytes(as_jsonl(["a"]))
     with pytest.raises(UserError, match=rf"{name}: .*damaged.* at its start"):
         list(read_documents([tmp_path / name], "text"))
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    for name in ["elsewhere/b.jsonl", "elsewhere/.hidden/c.jsonl", "corpus/a.jsonl"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    found = find_inputs([str(tmp_path / "corpus")])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["corpus/a.jsonl", "corpus/more/b.jsonl"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"corpus/more/back: is by a link the same folder as .*corpus; give each"):
+        find_inputs([str(tmp_path / "corpus")])
+
+
+@pytest.mark.parametrize("pattern", ["corpus", "corpus/*.jsonl"])
+def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").touch()
+    (tmp_path / "corpus" / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"corpus/b\.jsonl: is a link to nothing; remove it"):
+        find_inputs([pattern])
 
 
 def test_inputs_keep_the_given_order_and_sort_folders_and_globs(tmp_path):
@@ -299,6 +349,7 @@ def test_records_of_models_scores_and_subsets_are_not_taken_for_text(tmp_path):
         (["a.txt"], "unknown kind of input"),
         (["*"], "unknown kind of input"),
         (["a.jsonl", "*.jsonl"], "given twice"),
+        (["a" * 300], r"a: cannot be read \(File name too long\)"),
     ],
 )
 def test_inputs_that_cannot_be(tmp_path, monkeypatch, patterns, message):

@@ -355,6 +355,25 @@ def test_texts_with_doubtful_characters_go_to_the_reference(pair, monkeypatch):
     assert set(sent) == {"a\ufdd0b"}
 
 
+def test_added_tokens_that_are_looked_for_in_composed_text(tmp_path):
+    library = byte_level(LLAMA_3, normalizers.NFC())
+    library.add_tokens(["Café", "trial", "<K>", "  "])
+    library.save(str(tmp_path / "tokenizer.json"))
+    fast, reference = (open_tokenizer("HuggingFaceTokenizer", tmp_path, engine) for engine in ("fast", "reference"))
+    texts = [
+        "Cafe\u0301",
+        "Café",
+        "the trial",
+        "the trial\u0301",
+        "<K>",
+        "<\u212a>",
+        "<K>\u0338",
+        "  \u0301",
+        "e\u0301",
+    ]
+    assert_equal((fast, reference), [f"a {text} b" for text in texts])
+
+
 def test_caches_are_emptied(pair, monkeypatch):
     fast, _ = pair
     monkeypatch.setattr(fast_tokenizer, "CACHE_BYTES", -(1 << 40))

@@ -32,7 +32,8 @@ def build(prefix, documents, manifest=MANIFEST, size=100):
         builder.add_document([token for sequence in sequences for token in sequence], [len(s) for s in sequences])
     builder.finalize(str(idx_path(prefix)))
     if manifest is not None:
-        write_manifest(prefix, replace(manifest, documents=len(documents)))
+        tokens = sum(len(sequence) for sequences in documents for sequence in sequences)
+        write_manifest(prefix, replace(manifest, documents=len(documents), tokens=tokens))
     return str(prefix)
 
 
@@ -107,6 +108,25 @@ def test_datasets_that_do_not_go_together(tmp_path, change, message):
     prefixes = [build(tmp_path / "1", [[[1]]]), build(tmp_path / "2", [[[1]]], replace(MANIFEST, **change))]
     with pytest.raises(UserError, match=message):
         merge(prefixes, str(tmp_path / "out"))
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize("manifest", [MANIFEST, None])
+def test_a_dataset_given_twice_by_other_names(tmp_path, manifest):
+    one = build(tmp_path / "1", [[[1]]], manifest)
+    for again in (one, f"{one}.bin", f"{tmp_path}/./1", f"{tmp_path}/../{tmp_path.name}/1.idx"):
+        with pytest.raises(UserError, match=r"1: given twice; give each dataset once"):
+            merge([one, again], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("change", [{"documents": 2}, {"tokens": 2}])
+def test_the_manifest_of_another_dataset(tmp_path, change):
+    one, other = build(tmp_path / "1", [[[1]]]), build(tmp_path / "2", [[[1]]])
+    write_manifest(other, replace(read_manifest(other), **change))
+    with pytest.raises(
+        UserError, match=r"2\.json: is of other tokens than .*2\.bin holds \(.* tokens; 1 and 1\); preprocess"
+    ):
+        merge([one, other], str(tmp_path / "out"))
     assert list(tmp_path.glob("*out*")) == []
 
 
