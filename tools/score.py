@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     corpus = parser.add_mutually_exclusive_group(required=True)
     corpus.add_argument("--input", nargs="+", metavar="FILE|DIR|GLOB", help="text, as given to tools/preprocess.py")
     corpus.add_argument("--data", metavar="PREFIX", help="a token dataset, to be decoded")
-    add("--tokenizer-model", metavar="PATH", help="the tokenizer that made --data")
+    add("--tokenizer-model", metavar="PATH", help="of --data: its tokenizer (default: where that was when it was made)")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, help="of a --data without a manifest: kind of its tokenizer")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="as in preprocessing; the first is scored")
     add("--skip-invalid", action="store_true", help="as in preprocessing")
@@ -117,8 +117,6 @@ def open_corpus(options: argparse.Namespace) -> Corpus:
     if options.data is None:
         filters = Filters(options.skip_invalid, options.min_chars, options.dedup)
         return TextFiles(tuple(options.input), tuple(options.json_keys), filters)
-    if options.tokenizer_model is None:
-        raise UserError("--data needs --tokenizer-model, the tokenizer that made it, to decode the documents")
     return TokenDataset(options.data, options.tokenizer_model, options.tokenizer_type)
 
 

@@ -125,9 +125,26 @@ def test_a_token_dataset_is_decoded(small: Path, tmp_path: Path, run: Run) -> No
     assert len(text) == len(tokens)
     assert np.isinf(tokens[-3])
     assert np.corrcoef(np.log(text[:-3]), np.log(tokens[:-3]))[0, 1] > 0.9
+    # The dataset says where its tokenizer is.
+    assert run("score", *data[:2], *base, tmp_path / "found")[0] == 0
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "tokens").read_bytes()
     assert (
         run("score", *data, "--scorer", "dsir", "--reference", small / "reference.jsonl", *base, tmp_path / "d")[0] == 0
     )
+
+
+def test_a_tokenizer_that_is_no_longer_where_it_was(small: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
+    shutil.copy(small / "tokenizer.model", tmp_path / "t.model")
+    encode = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tmp_path / "t.model"]
+    assert run("preprocess", "--input", small / "corpus.jsonl", "--output-prefix", tmp_path / "d", *encode)[0] == 0
+    given = ["--data", tmp_path / "d_text_document", "--model", small / "model.arpa", "--output", tmp_path / "s"]
+    (tmp_path / "t.model").rename(tmp_path / "moved.model")
+    refuse(f"its tokenizer is no longer at {tmp_path.resolve() / 't.model'}; say where it is", "score", *given)
+    made = tmp_path / "d_text_document.json"
+    record = {name: value for name, value in json.loads(made.read_text()).items() if name != "tokenizer_model"}
+    made.write_text(json.dumps(record))
+    refuse("nothing says where the tokenizer that made it lies; give --tokenizer-model", "score", *given)
+    assert run("score", *given, "--tokenizer-model", tmp_path / "moved.model")[0] == 0
 
 
 def test_a_token_dataset_of_another_tool(small: Path, tmp_path: Path, run: Run, refuse: Refuse) -> None:
@@ -263,7 +280,6 @@ def test_a_plot(small: Path, tmp_path: Path, run: Run) -> None:
             "--eval-set is of --scorer dsir",
             ["--input", "corpus.jsonl", "--model", "model.arpa", "--eval-set", "corpus.jsonl"],
         ),
-        ("needs --tokenizer-model", ["--data", "data_text_document", "--model", "model.arpa"]),
         (
             "not the tokenizer of",
             ["--data", "data_text_document", "--model", "model.arpa", "--tokenizer-model", "other.model"],

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import IndexedDataset
-from megacpt.data.tokens.manifest import TokenizerInfo, read_manifest
+from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, read_manifest
 from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from megacpt.errors import UserError
 
@@ -92,10 +93,26 @@ class TextFiles:
                 yield from kept_columns(block, self._keys, self.filters, Counter())[0]
 
 
+def _recorded_tokenizer(prefix: str, made: Manifest | None) -> str:
+    """Where the tokenizer that made a dataset lies.
+
+    Raises:
+        UserError: nothing says where, or it is no longer there.
+    """
+    if made is None or not made.tokenizer_model:
+        raise UserError(f"{prefix}: nothing says where the tokenizer that made it lies; give --tokenizer-model")
+    if not Path(made.tokenizer_model).exists():
+        raise UserError(
+            f"{prefix}: its tokenizer is no longer at {made.tokenizer_model}; say where it is with --tokenizer-model"
+        )
+    return made.tokenizer_model
+
+
 class TokenDataset:
     """Documents of a token dataset, decoded with its own tokenizer.
 
     Args:
+        tokenizer_model: None for where the dataset's manifest says that it was.
         tokenizer_type: needed of a dataset without a manifest, which another tool wrote: what made it is the user's
             word then.
 
@@ -105,8 +122,9 @@ class TokenDataset:
 
     filters: None = None
 
-    def __init__(self, prefix: str, tokenizer_model: str, tokenizer_type: str | None = None) -> None:
+    def __init__(self, prefix: str, tokenizer_model: str | None = None, tokenizer_type: str | None = None) -> None:
         dataset, made = IndexedDataset(prefix), read_manifest(prefix)
+        tokenizer_model = tokenizer_model or _recorded_tokenizer(prefix, made)
         kind = tokenizer_type if made is None else made.tokenizer.type
         if kind is None:
             raise UserError(

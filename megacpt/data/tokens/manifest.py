@@ -57,6 +57,7 @@ class Manifest:
         filters: None if no one run over the inputs would give these documents (a merge of differing datasets).
         lengths: None where an earlier version wrote the manifest.
         dtype: of the tokens: uint16 or int32.
+        tokenizer_model: where the tokenizer lay then, an absolute path; empty where nobody said.
         engine: what encoded the text.
         versions: of Python and of the libraries.
     """
@@ -78,6 +79,7 @@ class Manifest:
     duplicates: int = 0
     filters: Filters | None = field(default_factory=Filters)
     lengths: LengthStatistics | None = None
+    tokenizer_model: str = ""
     engine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     shard: ShardInfo | None = None
@@ -195,6 +197,7 @@ def _added_later(fields: _Fields) -> dict[str, Any]:
         "filters": filters
         and Filters(filters.get("skip_invalid", bool), filters.count("min_chars"), filters.get("dedup", str)),
         "lengths": lengths and _lengths(lengths),
+        "tokenizer_model": fields.get("tokenizer_model", str) if "tokenizer_model" in fields.values else "",
         "engine": fields.get("engine", str),
         "versions": {name: fields.text_in("versions", name) for name in fields.get("versions", dict)},
         "shard": shard and _shard(shard),

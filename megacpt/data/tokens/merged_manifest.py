@@ -80,6 +80,7 @@ def merged_manifest(manifests: Mapping[str, Manifest]) -> Manifest:
         too_short=sum(manifest.too_short for manifest in found),
         duplicates=sum(manifest.duplicates for manifest in found),
         filters=_filters(found),
+        tokenizer_model=next((manifest.tokenizer_model for manifest in found if manifest.tokenizer_model), ""),
         engine=_agreed(manifest.engine for manifest in found),
         versions={
             name: _agreed(manifest.versions[name] for manifest in found if name in manifest.versions)

@@ -150,6 +150,7 @@ def _identity(job: Job, tokenizer: Tokenizer, paths: Sequence[Path]) -> tuple[Ma
         append_eod=encoding.append_eod,
         dtype=token_dtype(tokenizer.vocab_size).name,
         filters=encoding.filters,
+        tokenizer_model=str(Path(encoding.tokenizer_model).resolve()),
         engine=tokenizer.engine,
         versions=_versions(),
     )

@@ -189,6 +189,7 @@ def test_the_manifest_says_what_the_dataset_was_made_from(tmp_path):
     assert manifest.inputs == [InputFile(path.name, path.stat().st_size, sha256_of(path)) for path in rows]
     size = Library.from_file(str(tokenizer)).get_vocab_size()
     assert manifest.tokenizer == TokenizerInfo("HuggingFaceTokenizer", sha256_of(tokenizer), size, 1)
+    assert manifest.tokenizer_model == str(tokenizer.resolve())
     assert (manifest.megacpt_version, manifest.json_key, manifest.append_eod) == (__version__, "text", True)
     assert (manifest.documents, manifest.empty_documents) == (60, 10)
     assert manifest.tokens == IndexedDataset(prefix).tokens
