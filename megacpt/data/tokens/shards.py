@@ -12,6 +12,8 @@ from megacpt.errors import UserError
 
 SLACK = 4
 """A cut moves to the nearest edge of a file within 1 / SLACK of a shard, so that most files are read by one job."""
+MOST = 99_999
+"""Shards; their names have five digits, by which they are sorted."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"--shard {text}: give I/N, with I from 0 to N - 1: 0/8, 1/8, ... 7/8")
+    if int(match[2]) > MOST:
+        raise UserError(f"--shard {text}: there are at most {MOST:,} shards")
     return Shard(int(match[1]), int(match[2]))
 
 

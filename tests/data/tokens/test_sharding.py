@@ -246,6 +246,8 @@ def test_a_bad_row_in_the_middle_of_a_plain_file_is_found(tmp_path):
 def test_what_is_no_shard(text):
     with pytest.raises(UserError, match=r"give I/N, with I from 0 to N - 1"):
         parse_shard(text)
+    with pytest.raises(UserError, match=r"^--shard 0/100000: there are at most 99,999 shards$"):
+        parse_shard("0/100000")
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
