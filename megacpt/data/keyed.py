@@ -12,7 +12,11 @@ import numpy as np
 
 GAMMA = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST = 31
 MASK = (1 << 64) - 1
+# As numpy has them, since making these takes as long as what they are for where there are few numbers.
+NUMPY_GAMMA, NUMPY_LAST = np.uint64(GAMMA), np.uint64(LAST)
+NUMPY_MIX = tuple((np.uint64(shift), np.uint64(factor)) for shift, factor in MIX)
 
 
 def seeded_key(*parts: int | str) -> int:
@@ -23,12 +27,12 @@ def seeded_key(*parts: int | str) -> int:
 def splitmix64(key: int, size: int, start: int = 0) -> np.ndarray:
     """Outputs [start, start + size) of the generator seeded with `key` in [0, 2^64): uint64 [size], all distinct."""
     state = np.arange(start + 1, start + size + 1, dtype=np.uint64)
-    state *= np.uint64(GAMMA)
+    state *= NUMPY_GAMMA
     state += np.uint64(key)
-    for shift, factor in MIX:
-        state ^= state >> np.uint64(shift)
-        state *= np.uint64(factor)
-    state ^= state >> np.uint64(31)
+    for shift, factor in NUMPY_MIX:
+        state ^= state >> shift
+        state *= factor
+    state ^= state >> NUMPY_LAST
     return state
 
 
@@ -58,4 +62,4 @@ def _mixed(position: int) -> int:
     state = position * GAMMA & MASK
     for shift, factor in MIX:
         state = (state ^ state >> shift) * factor & MASK
-    return state ^ state >> 31
+    return state ^ state >> LAST
