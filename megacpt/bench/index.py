@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from megacpt.bench.rows import OURS, Recorder
 from megacpt.data.mixture.mixture import Course, Passes, Source
 from megacpt.data.mixture.solve import solve
-from megacpt.data.samples.blended import BlendedDataset, Corpus
+from megacpt.data.samples.blended import BlendedDataset, Corpus, for_all
 from megacpt.data.tokens.indexed import bin_path, idx_path, write_index
 from megacpt.files import make_folder
 
@@ -46,8 +45,7 @@ def first_batch(prefixes: list[str]) -> dict[str, float]:
         (`first`), and microseconds to find any sample (`sample`).
     """
     began = time.perf_counter()
-    with ThreadPoolExecutor(8) as pool:
-        corpora = dict(zip(prefixes, pool.map(Corpus.open, prefixes), strict=True))
+    corpora = dict(zip(prefixes, for_all(Corpus.open, prefixes), strict=True))
     sources = [Source(name, len(c), c.tokens, c.digest, weight=1.0) for name, c in corpora.items()]
     per_pass = sum(corpus.tokens for corpus in corpora.values()) // SEQ_LENGTH // 5 * 4
     mixture = solve(sources, SEQ_LENGTH, 1024, 1234, course=Course(Passes(per_pass, 4)))

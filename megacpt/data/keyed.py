@@ -17,6 +17,7 @@ MASK = (1 << 64) - 1
 # As numpy has them, since making these takes as long as what they are for where there are few numbers.
 NUMPY_GAMMA, NUMPY_LAST = np.uint64(GAMMA), np.uint64(LAST)
 NUMPY_MIX = tuple((np.uint64(shift), np.uint64(factor)) for shift, factor in MIX)
+STEPS = np.arange(1, 65, dtype=np.uint64) * NUMPY_GAMMA
 
 
 def seeded_key(*parts: int | str) -> int:
@@ -26,9 +27,9 @@ def seeded_key(*parts: int | str) -> int:
 
 def splitmix64(key: int, size: int, start: int = 0) -> np.ndarray:
     """Outputs [start, start + size) of the generator seeded with `key` in [0, 2^64): uint64 [size], all distinct."""
-    state = np.arange(start + 1, start + size + 1, dtype=np.uint64)
-    state *= NUMPY_GAMMA
-    state += np.uint64(key)
+    before = np.uint64(key + start * GAMMA & MASK)
+    few = size <= len(STEPS)
+    state = (STEPS[:size] if few else np.arange(1, size + 1, dtype=np.uint64) * NUMPY_GAMMA) + before
     for shift, factor in NUMPY_MIX:
         state ^= state >> shift
         state *= factor

@@ -1,7 +1,6 @@
 """From section `data` to the corpora it names and the mixture solved over them, new or taken over on resume."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 
@@ -11,13 +10,10 @@ from megacpt.data.mixture.continuation import continuation, differences, start_o
 from megacpt.data.mixture.mixture import Budget, Course, Mixture, Passes, Shift, Source, Start
 from megacpt.data.mixture.recipe import Recipe, named_blend, shares
 from megacpt.data.mixture.solve import solve
-from megacpt.data.samples.blended import Corpus
+from megacpt.data.samples.blended import Corpus, for_all
 from megacpt.errors import UserError
 from megacpt.train.plan import Resume
 from megacpt.train.schedule import LRSchedule
-
-THREADS = 8
-"""Datasets opened at a time; opening one is mostly waiting for its index."""
 
 
 def named_sources(data: Data) -> dict[str, SourceSection]:
@@ -69,9 +65,8 @@ def open_corpora(named: Mapping[str, SourceSection]) -> dict[str, Corpus]:
     Raises:
         UserError: a file is missing, truncated or foreign, or a subset is another corpus's.
     """
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="open") as pool:
-        opened = pool.map(lambda source: Corpus.open(source.path, source.subset, source.tokens), named.values())
-        return dict(zip(named, opened, strict=True))
+    opened = for_all(lambda source: Corpus.open(source.path, source.subset, source.tokens), named.values())
+    return dict(zip(named, opened, strict=True))
 
 
 def solve_mixture(

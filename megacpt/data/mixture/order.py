@@ -13,9 +13,9 @@ tokens: 12 bytes for 64 documents; a document's place inside its bucket is worke
 documents of one residue never share a bucket, which where buckets are few would keep them apart: hence the first way.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ BUCKET = 64
 """Documents of a bucket: few enough to sort in microseconds, enough for a pass to be small in memory."""
 STORED = 1 << 14
 """Documents whose permutation is stored at most: 64 KB a pass."""
+RESIDUES = np.arange(BUCKET)
 BLOCK = 1 << 20
 """Documents whose lengths are added up at a time."""
 
@@ -73,7 +74,7 @@ class Stored:
         return np.arange(-(-len(self.order) // BUCKET), dtype=np.int32)
 
     def members(self, buckets: np.ndarray) -> np.ndarray:
-        places = (buckets[:, None] * BUCKET + np.arange(BUCKET)).reshape(-1)
+        places = (buckets[:, None] * BUCKET + RESIDUES).reshape(-1)
         return self.order[places[places < len(self.order)]].astype(np.int64)
 
     def content(self, bucket: int) -> np.ndarray:
@@ -112,13 +113,13 @@ class Deal:
 
     def members(self, buckets: np.ndarray) -> np.ndarray:
         columns = (buckets[:, None] - self.shifts) * self.inverses % self.buckets
-        documents = (columns * BUCKET + np.arange(BUCKET)).reshape(-1)
+        documents = (columns * BUCKET + RESIDUES).reshape(-1)
         return documents[documents < self.documents]
 
     def content(self, bucket: int) -> np.ndarray:
         columns = (bucket - self.shifts) * self.inverses % self.buckets
         order = splitmix64(self.key, BUCKET, bucket * BUCKET).argsort()
-        documents = (columns * BUCKET + np.arange(BUCKET))[order]
+        documents = (columns * BUCKET + RESIDUES)[order]
         return documents[documents < self.documents]
 
     def tokens(self, lengths: np.ndarray) -> np.ndarray:
@@ -184,15 +185,16 @@ class PassOrder:
         place = int(self.bounds.searchsorted(start, side="right")) - 1
         while start < stop:
             base = int(self.bounds[place])
-            documents = self.arranged.content(int(self.buckets[place]))
-            ends = np.add.accumulate(self.lengths[documents], dtype=np.int64)
-            first = int(ends.searchsorted(start - base, side="right"))
-            last = min(int(ends.searchsorted(stop - base, side="left")) + 1, len(documents))
-            bounds = [base + int(ends[first - 1]) if first else base, *(ends[first:last] + base).tolist()]
-            for document, (begin, end) in zip(documents[first:last].tolist(), pairwise(bounds), strict=True):
-                if begin < end:
-                    pieces.append((document, max(start, begin) - begin, min(stop, end) - begin))
-            start, place = max(start, bounds[-1]), place + 1
+            content = self.arranged.content(int(self.buckets[place]))
+            ends = np.add.accumulate(self.lengths[content], dtype=np.int64).tolist()
+            first = bisect_right(ends, start - base)
+            last = bisect_left(ends, stop - base) + 1
+            begin = base + (ends[first - 1] if first else 0)
+            for document, end in zip(content[first:last].tolist(), ends[first:last], strict=True):
+                if begin < base + end:
+                    pieces.append((document, max(start, begin) - begin, min(stop, base + end) - begin))
+                begin = base + end
+            start, place = max(start, begin), place + 1
         return pieces
 
     def whole(self, start: int, stop: int) -> Iterator[np.ndarray]:

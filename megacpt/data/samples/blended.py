@@ -1,7 +1,8 @@
 """Samples of tokens: of one corpus, of a mixture of corpora, and of a held-out corpus for validation."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,15 @@ PADDING = 0
 
 
 THREADS = 8
-"""Passes that are shuffled at a time when a run begins."""
+"""Sources that are opened or shuffled at a time at most."""
+
+
+def for_all[Given, Made](work: Callable[[Given], Made], sources: Iterable[Given]) -> list[Made]:
+    """What `work` makes of each source, in order; several at a time, but more threads than cores wait for Python's
+    lock."""
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads, thread_name_prefix="source") as pool:
+        return list(pool.map(work, sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +170,7 @@ class BlendedDataset:
             for stream, draw, count, samples in zip(self.streams, segment.draws, taken, segment.counts, strict=True)
             if samples
         ]
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="shuffle") as pool:
-            list(pool.map(lambda entry: entry[0].order(entry[1]), coming))
+        for_all(lambda entry: entry[0].order(entry[1]), coming)
 
     def sample(self, k: int) -> Sample:
         """Global sample k; beyond the end of the mixture the largest source goes on.

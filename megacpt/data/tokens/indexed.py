@@ -32,8 +32,8 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-BLOCK = 1 << 20
-"""Entries of an index that are looked at together: memory does not grow with the corpus."""
+BLOCK = 1 << 17
+"""Entries of an index that are looked at together: memory does not grow with the corpus, and caches hold them."""
 MOST_TOKENS = (1 << 31) - 1
 """Documents of a dataset with at most so many tokens have lengths that fit into int32."""
 SMALL_VOCABULARY = 65_500
@@ -186,8 +186,13 @@ class IndexedDataset:
         size, item, tokens = self._bin.size, self.dtype.itemsize, 0
         for start in range(0, sequences, BLOCK):
             count = min(BLOCK, sequences - start)
-            lengths = index.read(np.dtype("<i4"), count, HEADER.size + 4 * start).astype(np.int64)
+            lengths = index.read(np.dtype("<i4"), count, HEADER.size + 4 * start)
             pointers = index.read(np.dtype("<i8"), count, HEADER.size + 4 * sequences + 8 * start)
+            total = int(lengths.sum(dtype=np.int64))
+            tokens += total
+            if self._follow(lengths, pointers) and int(pointers[0]) + total * item <= size:
+                continue
+            lengths = lengths.astype(np.int64)
             ends = lengths * item + pointers
             # A pointer near the largest int64 wraps round in `ends`: it is compared by itself.
             within = min(lengths.min(), pointers.min(), ends.min()) >= 0 and max(pointers.max(), ends.max()) <= size
@@ -198,8 +203,16 @@ class IndexedDataset:
                     f"{self._bin.path}: truncated or foreign: document {start + at:,} of {sequences:,} ends "
                     f"at byte {int(ends[at]):,}, the file has {size:,}; preprocess the corpus again"
                 )
-            tokens += int(lengths.sum())
         return tokens
+
+    def _follow(self, lengths: np.ndarray, pointers: np.ndarray) -> bool:
+        """Whether sequences begin at a token and follow one another without a gap, as writers lay them; soon told."""
+        if lengths.min() < 0 or pointers[0] < 0 or pointers[0] % self.dtype.itemsize:
+            return False
+        ends = np.cumsum(lengths[:-1], dtype=np.int64)
+        ends *= self.dtype.itemsize
+        ends += pointers[0]
+        return bool((ends == pointers[1:]).all())
 
     def _check_boundaries(self, index: "_File", sequences: int, boundaries: int) -> bool:
         """Refuse document boundaries that do not cover the sequences; whether each document is one sequence."""
@@ -208,8 +221,9 @@ class IndexedDataset:
         for start in range(0, boundaries if covered else 0, BLOCK):
             part = index.read(np.dtype("<i8"), min(BLOCK + 1, boundaries - start), offset + 8 * start)
             steps, last = part[1:] - part[:-1], int(part[-1])
-            covered = covered and (not len(steps) or steps.min() >= 0)
-            one_each = one_each and (not len(steps) or steps.min() == steps.max() == 1)
+            least = steps.min() if len(steps) else 1
+            covered = covered and least >= 0
+            one_each = one_each and least == 1 and last - int(part[0]) == len(steps)
         if not covered or last != sequences:
             raise UserError(
                 f"{index.path}: its document boundaries do not cover its sequences; preprocess the corpus again"
