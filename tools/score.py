@@ -25,8 +25,6 @@ from megacpt.data.scores.scoring import ScorerSpec
 from megacpt.data.text.filtering import DEDUP
 from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.provenance import Filters
-from megacpt.data.tokens.indexed import bin_path, idx_path
-from megacpt.data.tokens.manifest import manifest_path
 from megacpt.data.tokens.pool import ENGINES
 from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES
 from megacpt.errors import UserError, exit_code
@@ -83,7 +81,7 @@ def run(options: argparse.Namespace) -> ScoresManifest:
         check_plotting()
     corpus = open_corpus(options)
     plot = [] if options.plot is None else [options.plot]
-    keep_apart([options.output, json_beside(options.output), *plot], files_read(options))
+    keep_apart([options.output, json_beside(options.output), *plot], files_read(options, corpus))
     kind, _, name = options.scorer.partition(":")
     spec: ScorerSpec
     if kind == "kenlm" and not name:
@@ -120,13 +118,10 @@ def open_corpus(options: argparse.Namespace) -> Corpus:
     return TokenDataset(options.data, options.tokenizer_model, options.tokenizer_type)
 
 
-def files_read(options: argparse.Namespace) -> list[Path]:
+def files_read(options: argparse.Namespace, corpus: Corpus) -> list[Path]:
     """Every file that scoring as the options say reads."""
-    texts = [path for patterns in (options.input or [], options.reference) for path in find_inputs(patterns)]
-    data = [] if options.data is None else [path(options.data) for path in (bin_path, idx_path, manifest_path)]
     model = [] if options.model is None else [options.model, json_beside(options.model)]
-    tokenizer = [] if options.tokenizer_model is None else [Path(options.tokenizer_model)]
-    return [*texts, *data, *model, *tokenizer, *options.eval_set]
+    return [*corpus.files, *find_inputs(options.reference), *model, *options.eval_set]
 
 
 def normalization(text: str | None) -> Normalization | None:

@@ -15,7 +15,7 @@ from megacpt.data.text.inputs import find_inputs
 from megacpt.data.text.long_string import LongString
 from megacpt.data.text.provenance import Filters
 from megacpt.data.tokens.indexed import IndexedDataset
-from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, read_manifest
+from megacpt.data.tokens.manifest import Manifest, TokenizerInfo, dataset_files, read_manifest
 from megacpt.data.tokens.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from megacpt.errors import UserError
 
@@ -28,9 +28,11 @@ class Corpus(Protocol):
 
     Attributes:
         size: of all of it, in the unit of `Scored.consumed`.
+        files: that it is read from.
     """
 
     size: int
+    files: list[Path]
 
     @property
     def filters(self) -> Filters | None:
@@ -61,6 +63,7 @@ class TextFiles:
         self._sources = [Source(path) for path in find_inputs(inputs)]
         self._keys, self._filters = keys, filters
         self.size = sum(source.size for source in self._sources)
+        self.files = [source.path for source in self._sources]
 
     @property
     def filters(self) -> Filters:
@@ -145,6 +148,7 @@ class TokenDataset:
         framing = {*tokenizer.encode("", add_special_tokens=True).tolist(), tokenizer.eod_id}
         self._frame = frozenset(token for token in framing if token is not None)
         self.size = len(self._dataset)
+        self.files = [*dataset_files(prefix), Path(tokenizer_model)]
 
     def identity(self) -> dict[str, Any]:
         return {"dataset": self._dataset.digest(), "tokenizer": self._tokenizer.sha256}

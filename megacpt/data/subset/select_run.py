@@ -15,7 +15,7 @@ from megacpt.data.scores.scores import Scores, open_scores
 from megacpt.data.subset.selection import ORDERS, Ranking, rank_at_random, rank_by_score, shortest_prefix
 from megacpt.data.subset.subset import SubsetManifest, sha256_of_ids, write_subset
 from megacpt.data.tokens.indexed import IndexedDataset, bin_path, idx_path, write_index
-from megacpt.data.tokens.manifest import Manifest, manifest_path, read_manifest, write_manifest
+from megacpt.data.tokens.manifest import Manifest, dataset_files, manifest_path, read_manifest, write_manifest
 from megacpt.errors import UserError
 from megacpt.files import atomic_write, json_beside, keep_apart, sha256_of
 
@@ -103,20 +103,16 @@ def _check(job: SelectJob) -> None:
     if job.materialize is not None:
         if Path(job.materialize).resolve() == Path(job.data).resolve():
             raise UserError(f"--materialize {job.materialize}: is the dataset itself; choose another prefix")
-        outputs += _dataset(job.materialize)
+        outputs += dataset_files(job.materialize)
     keep_apart([*outputs, *([] if job.plot is None else [job.plot])], _read(job))
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not job.overwrite:
         raise UserError(f"{', '.join(existing)}: exists already; pass --overwrite or choose another name")
 
 
-def _dataset(prefix: str) -> list[Path]:
-    return [path(prefix) for path in (bin_path, idx_path, manifest_path)]
-
-
 def _read(job: SelectJob) -> list[Path]:
     scores = [] if job.scores is None else [job.scores, json_beside(job.scores)]
-    return [*_dataset(job.data), *scores, *job.eval_sets]
+    return [*dataset_files(job.data), *scores, *job.eval_sets]
 
 
 def _within_budget(job: SelectJob, dataset: IndexedDataset, ranking: Ranking) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megacpt.data.text.provenance import Filters, InputFile
+from megacpt.data.tokens.indexed import bin_path, idx_path
 from megacpt.data.tokens.lengths import LengthStatistics
 from megacpt.errors import UserError
 from megacpt.files import json_beside, write_json
@@ -89,6 +90,11 @@ class Manifest:
 def manifest_path(prefix: str | Path) -> Path:
     """`PREFIX.json`; a prefix may itself contain dots."""
     return json_beside(prefix)
+
+
+def dataset_files(prefix: str | Path) -> list[Path]:
+    """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`."""
+    return [path(prefix) for path in (bin_path, idx_path, manifest_path)]
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
